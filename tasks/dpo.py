@@ -1,0 +1,159 @@
+"""dpo: direct preference optimisation on the SFT adapter, through trl.DPOTrainer (Rafailov et al. 2023, arXiv:2305.18290).
+
+The reference log-probabilities come from the `reference` stage, so that no second model is in memory. What is logged:
+rewards β·(log π − log π_ref) of both sides, their margin and accuracy, log-probabilities, and after every evaluation the
+KL divergence to the reference over the tokens of held-out chosen answers.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from trl import DPOConfig, DPOTrainer
+
+from tasks import chat, models, stage, training
+from tasks.params import UserError
+
+COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
+COLLAPSE = 30.0  # nats: chosen answers this much less likely than under the reference are a collapse
+TOLERANCE = 0.05  # nats per token between the reference's and the policy's log p at step 0; bf16 noise stays below
+
+
+def run(
+    base: Path, adapter: Path, pairs: Path, out: Path, plots: Path, metrics: Path,
+    params: dict[str, Any], quantization: dict[str, Any] | None, seed: int,
+) -> str:  # fmt: skip
+    """Train a copy of `adapter` on `pairs` (output of `reference`) and save it to `out`.
+
+    Raises:
+        UserError: the reference is not this policy; the loss is no number; chosen log-probabilities collapse.
+    """
+    folder = training.checkpoint_folder(
+        "dpo", [base, adapter, pairs], {"dpo": params, "quantization": quantization, "seed": seed}
+    )
+    table = Dataset.from_parquet(str(pairs), cache_dir=str(folder / "cache"), keep_in_memory=True)
+    parts = {
+        part: table.select([i for i, p in enumerate(table["part"]) if p == part]).select_columns(COLUMNS)
+        for part in ("train", "validation")
+    }
+    given = training.arguments(params, seed, folder, bool(len(parts["validation"])))
+    config = DPOConfig(**given, max_length=None, precompute_ref_log_probs=True, remove_unused_columns=True)
+    longest = max(len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in table)
+    models.seed_everything(seed)
+    model = models.load_adapter(models.load(base, quantization, models.attention(longest)), adapter, trainable=True)
+    watch = Watch()
+    trainer = CachedReferenceTrainer(
+        model=model,
+        args=config,
+        train_dataset=parts["train"],
+        eval_dataset=parts["validation"] if len(parts["validation"]) else None,
+        processing_class=chat.load_tokenizer(base),
+        callbacks=[watch, training.Curves(plots), *training.early_stopping(params)],
+    )
+    models.adapter_float32(trainer.model)
+    check_reference(trainer)
+    training.train(trainer, folder)
+    models.save_adapter(trainer.model, out)
+    result = training.summary(trainer, watch) | watch.last
+    metrics.write_text(json.dumps(result, indent=2) + "\n")
+    return f"{result['steps']} steps, reward accuracy {result.get('rewards_accuracies', 0):.2f}, margin {result.get('rewards_margins', 0):.2f}, KL to the reference {result.get('kl_to_reference', 0):.3f} nats per token"
+
+
+class CachedReferenceTrainer(DPOTrainer):
+    """DPOTrainer on rows that are tokenised and carry the reference's log-probabilities already (trl 1.16)."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        return dataset
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        self.log({"eval_kl_to_reference": self.kl_to_reference()})
+        return metrics
+
+    @torch.no_grad()
+    def kl_to_reference(self, rows: int = 32) -> float:
+        """Mean over tokens of KL(π ‖ π_ref), over the whole vocabulary, on held-out chosen answers; in nats."""
+        assert self.eval_dataset is not None
+        few = self.eval_dataset.select(range(min(rows, len(self.eval_dataset))))
+        asked = [(row["prompt_ids"], row["chosen_ids"]) for row in few]
+        total, tokens, was = 0.0, 0, self.model.training
+        self.model.eval()
+        for group in models.batches([len(p) + len(a) for p, a in asked], 8):
+            part = [asked[i] for i in group]
+            with self.accelerator.autocast():
+                self.model.set_adapter("default")
+                policy = torch.cat(models.token_logits(self.model, part)).log_softmax(-1)
+                self.model.set_adapter("ref")
+                reference = torch.cat(models.token_logits(self.model, part)).log_softmax(-1)
+            total += float((policy.exp() * (policy - reference)).sum())
+            tokens += len(policy)
+        self.model.set_adapter("default")
+        for name, parameter in self.model.named_parameters():  # set_adapter thawed each adapter in turn
+            parameter.requires_grad_(".default." in name and "lora_" in name)
+        self.model.train(was)
+        return total / max(1, tokens)
+
+
+def check_reference(trainer: CachedReferenceTrainer) -> None:
+    """Before the first step policy and reference are one model, so that every log-ratio is zero.
+
+    Raises:
+        UserError: they are not: the pairs were scored by another adapter or base.
+    """
+    rows = [trainer.train_dataset[i] for i in range(min(8, len(trainer.train_dataset)))]
+    with torch.no_grad(), trainer.accelerator.autocast():
+        scores = models.answer_logprobs(
+            trainer.model.eval(), [(row["prompt_ids"], row["chosen_ids"]) for row in rows], 8
+        )
+    trainer.model.train()
+    off = max(abs(sum(s) - row["ref_chosen_logps"]) / len(s) for s, row in zip(scores, rows, strict=True))
+    if off > TOLERANCE:
+        raise UserError(
+            f"the reference log-probabilities are not those of this policy: {off:.3f} nats per token apart before the first step; was the reference computed with another adapter or base?"
+        )
+
+
+class Watch(training.Watch):
+    """Also: chosen log-probabilities collapsing, and a margin that stands still."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: dict[str, float] = {}
+        self.low = 0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **rest: Any,
+    ) -> None:
+        logs = logs or {}
+        super().on_log(args, state, control, logs, **rest)
+        for name in ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"):
+            if f"eval_{name}" in logs:
+                self.last[name.replace("/", "_")] = logs[f"eval_{name}"]
+        if "eval_kl_to_reference" in logs:
+            self.last["kl_to_reference"] = logs["eval_kl_to_reference"]
+        if "rewards/chosen" in logs:
+            ratio = logs["rewards/chosen"] / getattr(args, "beta", 1.0)
+            self.low = self.low + 1 if ratio < -COLLAPSE else 0
+            if self.low >= 2:
+                raise UserError(
+                    f"chosen log-probabilities collapse: {-ratio:.0f} nats below the reference at step {state.global_step}; lower dpo.learning_rate, raise dpo.beta, or add the sft loss (loss_type: [sigmoid, sft])"
+                )
+            if state.global_step == 1 and logs.get("loss") == 0:
+                raise UserError(
+                    "the loss is 0 at step 1: policy and reference can't be told apart from a finished run; is the adapter the SFT one?"
+                )
+
+
+if __name__ == "__main__":
+    stage.main(run)

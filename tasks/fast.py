@@ -1,0 +1,629 @@
+"""Training and scoring on a CPU with less work, for the same losses and gradients.
+
+`install(model)` changes how a Llama-like decoder with LoRA adapters runs, wherever trl's trainers score tokens
+(`model(**batch, fused_lm_head=True)`); they need no other collator and no subclass, and all their losses stay theirs:
+
+- Rows are laid end to end without padding, and what several rows begin with (a system message, the prompt of a chosen
+  and a rejected answer) is computed once: a causal decoder gives equal beginnings equal states. The results are put
+  back into the padded shape that the trainer expects.
+- Attention runs row by row as plain batched products, because the backward pass of torch's SDPA is slow on CPUs.
+- Each LoRA layer is one autograd function with its frozen weight; layers that share their input (q, k, v; gate, up)
+  share one product with the stacked A matrices.
+- The head scores supervised positions only (trl scores all of them on a CPU) and forms d(log p)/d(hidden) in the
+  forward pass, so no (tokens, vocabulary) tensor is kept and none is computed twice.
+
+What a model or layer has that is not covered keeps its own path, and `install` says so. Other devices keep theirs too.
+"""
+
+import math
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from trl.trainer.utils import FusedCausalLMOutput
+
+ATTENTION = "reforge_rows"
+PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}  # model types proven by the tests; SOLAR and SmolLM are llama
+SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+HEAD_CHUNK = 1 << 23  # logits held at once, in elements
+SCORE_CHUNK = 1 << 25  # attention scores held at once, in elements
+# what a trainer may pass beside the rows; anything else goes the trainer's own way
+KNOWN = {"use_cache", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+
+# --- rows without padding -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bucket:
+    """Rows of like length whose attention runs as one batched product.
+
+    Attributes:
+        queries: packed index `(rows, longest)` of the tokens that are new in each row; 0 beyond its end.
+        keys: packed index `(rows, longest)` of all tokens of each row, shared ones included.
+        pads: places beyond the end in `queries`, flattened.
+        offsets: `(rows,)`, how many tokens of each row are shared, that is, stand before its first query.
+        ranges: runs of consecutive packed tokens in the keys: (row, place in the row, packed index, length).
+    """
+
+    queries: Tensor
+    keys: Tensor
+    pads: Tensor
+    offsets: Tensor
+    ranges: list[tuple[int, int, int, int]]
+    cache: dict[Any, Tensor] = field(default_factory=dict)
+
+    def gather(self, name: str, heads: int) -> Tensor:
+        """Index of `(rows, heads, longest, :)` into `(tokens * heads, :)`, flat."""
+        if (name, heads) not in self.cache:
+            tokens: Tensor = getattr(self, name)
+            self.cache[name, heads] = (tokens[:, None] * heads + torch.arange(heads)[:, None]).reshape(-1)
+        return self.cache[name, heads]
+
+    def bias(self, window: int | None) -> Tensor:
+        """`(rows, 1, queries, keys)`: 0 where a query may look, else -inf. `window` tokens back, itself included."""
+        if window not in self.cache:
+            here = torch.arange(self.queries.shape[1]) + self.offsets[:, None]
+            back = here[:, None, :, None] - torch.arange(self.keys.shape[1])
+            hidden = (back < 0) | (back >= window) if window else back < 0
+            self.cache[window] = torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)
+        return self.cache[window]
+
+
+@dataclass
+class Layout:
+    """A batch of rows end to end, `tokens` long, in which every distinct beginning stands once.
+
+    Attributes:
+        ids, positions: `(1, tokens)`.
+        places: for each row, the packed index of each of its tokens.
+        used: tokens that belong to a row; the rest fills up to a round number and is attended by none.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    places: list[list[int]]
+    used: int
+    buckets: list[Bucket]
+    cache: dict[int, Tensor] = field(default_factory=dict)
+
+    def scatter(self, heads: int) -> Tensor:
+        """Index of `(tokens, heads, :)` into the buckets' queries, `(rows, heads, longest, :)` one after another, flat."""
+        if heads not in self.cache:
+            index = torch.zeros(self.ids.shape[1] * heads, dtype=torch.long)
+            start = 0
+            for bucket in self.buckets:
+                target = bucket.gather("queries", heads)
+                real = torch.ones(len(target), dtype=torch.bool)
+                real[_spread(bucket, heads)] = False
+                index[target[real]] = torch.arange(start, start + len(target))[real]
+                start += len(target)
+            self.cache[heads] = index
+        return self.cache[heads]
+
+
+def _spread(bucket: Bucket, heads: int) -> Tensor:
+    """`bucket.pads` for `(rows, heads, longest)`, flat."""
+    if ("pads", heads) not in bucket.cache:
+        longest = bucket.queries.shape[1]
+        row, place = bucket.pads // longest, bucket.pads % longest
+        bucket.cache["pads", heads] = ((row[:, None] * heads + torch.arange(heads)) * longest + place[:, None]).reshape(-1)
+    return bucket.cache["pads", heads]
+
+
+def lay_out(rows: Sequence[Sequence[int]], *, share: bool = True, multiple: int = 1) -> Layout:
+    """Lay `rows` of token ids end to end; with `share`, equal beginnings once; filled up to a multiple of tokens."""
+    ids: list[int] = []
+    positions: list[int] = []
+    places: list[list[int]] = [[] for _ in rows]
+    segments: list[tuple[int, list[int]]] = []  # tokens shared, place of every token of the row
+    before: int | None = None
+    # in sorted order, no earlier row shares more with a row than the one just before it
+    for r in sorted(range(len(rows)), key=lambda r: list(rows[r])) if share else range(len(rows)):
+        shared = 0
+        if share and before is not None:
+            pairs = zip(rows[before], rows[r], strict=False)
+            shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(rows[before]), len(rows[r])))
+        places[r] = places[before][:shared] if before is not None and shared else []
+        places[r] += range(len(ids), len(ids) + len(rows[r]) - shared)
+        ids += rows[r][shared:]
+        positions += range(shared, len(rows[r]))
+        if shared < len(rows[r]):
+            segments.append((shared, places[r]))
+        before = r
+    used = len(ids)
+    fill = -used % multiple
+    segments.sort(key=lambda s: s[0] - len(s[1]))
+    buckets: list[list[tuple[int, list[int]]]] = []
+    for shared, where in segments:  # longest first; a bucket ends where less than half of a row's place would be used
+        if not buckets or 2 * (len(where) - shared) < len(buckets[-1][0][1]) - buckets[-1][0][0]:
+            buckets.append([])
+        buckets[-1].append((shared, where))
+    return Layout(
+        torch.tensor([ids + [0] * fill]),
+        torch.tensor([positions + [0] * fill]),
+        places,
+        used,
+        [_bucket(b) for b in buckets],
+    )
+
+
+def _bucket(segments: list[tuple[int, list[int]]]) -> Bucket:
+    longest = max(len(where) - shared for shared, where in segments)
+    widest = max(len(where) for _, where in segments)
+    pads = [r * longest + i for r, (shared, where) in enumerate(segments) for i in range(len(where) - shared, longest)]
+    ranges = []
+    for r, (_, where) in enumerate(segments):
+        start = 0
+        for i in range(1, len(where) + 1):
+            if i == len(where) or where[i] != where[i - 1] + 1:
+                ranges.append((r, start, where[start], i - start))
+                start = i
+    return Bucket(
+        torch.tensor([where[shared:] + [0] * (longest - len(where) + shared) for shared, where in segments]),
+        torch.tensor([where + [0] * (widest - len(where)) for _, where in segments]),
+        torch.tensor(pads, dtype=torch.long),
+        torch.tensor([shared for shared, _ in segments]),
+        ranges,
+    )
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    """Causal attention within rows. query `(tokens, heads, d)`, key and value `(tokens, key heads, d)`."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.settings = layout, scale, window
+        heads = query.shape[1]
+        out = []
+        for bucket in layout.buckets:
+            q, k, v = _rows(bucket, "queries", query), _rows(bucket, "keys", key), _rows(bucket, "keys", value)
+            parts = [_weights(q[part], k[part], bias, scale) @ _fold(v[part], 1) for part, bias in _parts(bucket, q, k, window)]
+            out.append(torch.cat([p.reshape(-1, value.shape[2]) for p in parts]))
+        return _unrow(layout, out, heads)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        query, key, value = ctx.saved_tensors
+        layout, scale, window = ctx.settings
+        dq: list[Tensor] = []
+        # a shared token gets a sum over rows: keep it in float32
+        dk, dv = (torch.zeros(t.shape, dtype=torch.float32) for t in (key, value))
+        for bucket in layout.buckets:
+            q, k, v = _rows(bucket, "queries", query), _rows(bucket, "keys", key), _rows(bucket, "keys", value)
+            g = _rows(bucket, "queries", grad)
+            g.view(-1, g.shape[-1]).index_fill_(0, _spread(bucket, g.shape[1]), 0)
+            dkeys, dvalues = torch.empty_like(k), torch.empty_like(v)
+            for part, bias in _parts(bucket, q, k, window):
+                qp, kp, vp, gp = q[part], k[part], v[part], g[part]
+                group = qp.shape[1] // kp.shape[1]
+                weights = _weights(qp, kp, bias, scale)
+                gf, qf, kf, vf = _fold(gp, group), _fold(qp, group), _fold(kp, 1), _fold(vp, 1)
+                dvalues[part] = (weights.transpose(1, 2) @ gf).view(vp.shape)
+                inner = torch._softmax_backward_data((gf @ vf.transpose(1, 2)).float(), weights.float(), -1, torch.float32)
+                inner = inner.mul_(scale).to(q.dtype)
+                dq.append((inner @ kf).reshape(-1, q.shape[-1]))
+                dkeys[part] = (inner.transpose(1, 2) @ qf).view(kp.shape)
+            for row, start, place, length in bucket.ranges:
+                dk[place : place + length] += dkeys[row, :, start : start + length].transpose(0, 1)
+                dv[place : place + length] += dvalues[row, :, start : start + length].transpose(0, 1)
+        return _unrow(layout, dq, query.shape[1]), dk.to(key.dtype), dv.to(value.dtype), None, None, None
+
+
+def _rows(bucket: Bucket, name: str, x: Tensor) -> Tensor:
+    """`(tokens, heads, d)` → `(rows, heads, longest, d)`."""
+    heads = x.shape[1]
+    picked = x.reshape(-1, x.shape[2]).index_select(0, bucket.gather(name, heads))
+    return picked.view(len(bucket.offsets), heads, -1, x.shape[2])
+
+
+def _unrow(layout: Layout, parts: list[Tensor], heads: int) -> Tensor:
+    """The buckets' `(rows * heads * longest, d)` → `(tokens, heads, d)`."""
+    stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
+    out = stacked.index_select(0, layout.scatter(heads)).view(-1, heads, stacked.shape[1])
+    out[layout.used :] = 0
+    return out
+
+
+def _parts(bucket: Bucket, q: Tensor, k: Tensor, window: int | None) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows whose scores fit in memory, with their masks."""
+    bias = bucket.bias(window)
+    step = max(1, SCORE_CHUNK // (q.shape[1] * q.shape[2] * k.shape[2]))
+    for start in range(0, len(q), step):
+        yield slice(start, start + step), bias[start : start + step]
+
+
+def _fold(x: Tensor, group: int) -> Tensor:
+    """`(rows, heads, n, d)` → `(rows * heads / group, group * n, d)`: query heads of one key head below one another."""
+    return x.reshape(-1, group * x.shape[2], x.shape[3])
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    scores = _fold(q, group) @ _fold(k, 1).transpose(1, 2)
+    shape = scores.shape
+    scores = torch.add(bias, scores.view(q.shape[0], q.shape[1], q.shape[2], k.shape[2]), alpha=scale)  # float32
+    return torch.softmax(scores, -1).to(q.dtype).view(shape)
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
+    dropout: float = 0.0, layout: Layout | None = None, sliding_window: int | None = None, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """An attention function of transformers: `(1, heads, tokens, d)` by `layout`, without one as SDPA does.
+
+    Raises:
+        NotImplementedError: the model asks for something that changes the result and is not covered, by name.
+    """
+    if layout is None:
+        out: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kwargs
+        )
+        return out
+    for name in ("softcap", "s_aux", "position_bias", "head_mask"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"{ATTENTION} attention does not cover `{name}` of {type(module).__name__}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return _Attention.apply(q, k, v, layout, scale, sliding_window)[None], None
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+# --- LoRA layers ----------------------------------------------------------------------------------------------------
+
+
+class _Lora(torch.autograd.Function):
+    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ for layers that share their input x `(tokens, in)`; W and b frozen, A and B in any dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: Sequence["_Fused"], *adapters: Tensor) -> tuple[Tensor, ...]:
+        a = torch.cat([m.to(x.dtype) for m in adapters[::2]])
+        scaled = [(b * layer.scale()).to(x.dtype) for layer, b in zip(layers, adapters[1::2], strict=True)]
+        thin = x @ a.t()
+        out, start = [], 0
+        for layer, b in zip(layers, scaled, strict=True):
+            weight, bias = layer.weight(x.dtype), layer.base.bias
+            y = x @ weight.t() if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
+            out.append(y.addmm_(thin[:, start : start + b.shape[1]], b.t()))
+            start += b.shape[1]
+        ctx.layers = layers
+        ctx.save_for_backward(x, thin, a, *scaled)
+        ctx.dtypes = [m.dtype for m in adapters]
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, thin, a, *scaled = ctx.saved_tensors
+        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+        dthin = torch.empty_like(thin)
+        dx: Tensor | None = None
+        out: list[Tensor | None] = [None] * len(need)
+        start = 0
+        for i, (layer, b, grad) in enumerate(zip(ctx.layers, scaled, grads, strict=True)):
+            part = slice(start, start + b.shape[1])
+            dthin[:, part] = grad @ b
+            if need[2 * i + 1]:
+                out[2 * i + 1] = (grad.t() @ thin[:, part]).to(ctx.dtypes[2 * i + 1]).mul_(layer.scale())
+            if need_x:
+                weight = layer.weight(x.dtype)
+                dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
+            start = part.stop
+        if dx is not None:
+            dx.addmm_(dthin, a)
+        if any(need[::2]):
+            da = dthin.t() @ x
+            for i, rows in enumerate(da.split([b.shape[1] for b in scaled])):
+                out[2 * i] = rows.to(ctx.dtypes[2 * i])
+        return dx, None, *out
+
+
+class _Fused:
+    """The forward pass of one LoRA layer, with those that share its input."""
+
+    def __init__(self, layer: Any, keep_dequantized: bool) -> None:
+        self.layer, self.base = layer, layer.get_base_layer()
+        self.own: Callable[..., Tensor] = layer.forward
+        self.keep = keep_dequantized and isinstance(self.base, Linear4bit)
+        self.kept: Tensor | None = None
+        self.group: list[_Fused] = [self]
+        self.ready: tuple[Tensor, int, Tensor] | None = None  # input, its version, output
+
+    def scale(self) -> float:
+        return float(self.layer.scaling[self.layer.active_adapters[0]])
+
+    def adapter(self) -> tuple[Tensor, Tensor]:
+        name = self.layer.active_adapters[0]
+        return self.layer.lora_A[name].weight, self.layer.lora_B[name].weight
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The frozen weight `(out, in)`, dequantised if need be."""
+        if self.kept is not None and self.kept.dtype == dtype:
+            return self.kept
+        weight: Any = self.base.weight
+        if isinstance(self.base, Linear4bit):
+            weight = dequantize_4bit(weight.data, weight.quant_state)
+        weight = weight.detach().to(dtype)
+        if self.keep:
+            self.kept = weight
+        return weight  # type: ignore[no-any-return]
+
+    def usable(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Nothing at hand that only peft's own forward covers."""
+        layer, active = self.layer, self.layer.active_adapters
+        if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] not in layer.lora_A:
+            return False
+        name = active[0]
+        if name in layer.lora_variant or layer.lora_bias[name] or (layer.training and getattr(layer.lora_dropout[name], "p", 0)):
+            return False
+        if self.base.weight.requires_grad or (self.base.bias is not None and self.base.bias.requires_grad):
+            return False
+        if isinstance(self.base, Linear4bit):
+            state = self.base.weight.quant_state
+            if getattr(state, "packing_format_for_cpu", False) or self.base.compute_dtype not in (None, dtype):
+                return False
+        # without autocast, peft computes the adapter in the adapter's own dtype
+        return torch.is_autocast_enabled("cpu") or (self.base.weight.dtype in (dtype, torch.uint8) and layer.lora_A[name].weight.dtype == dtype)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.ready is not None:
+            known, version, out = self.ready
+            self.ready = None
+            if known is x and version == x._version and not args and not kwargs:
+                return out
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if args or kwargs or x.device.type != "cpu" or not self.usable(x, dtype):
+            return self.own(x, *args, **kwargs)
+        group = self.group if self.group[0] is self and all(m.usable(x, dtype) for m in self.group) else [self]
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        outs = _Lora.apply(flat, group, *[matrix for m in group for matrix in m.adapter()])
+        shaped = [out.view(*x.shape[:-1], -1) for out in outs]
+        for member, out in zip(group[1:], shaped[1:], strict=True):
+            member.ready = x, x._version, out
+        return shaped[0]
+
+
+# --- head -----------------------------------------------------------------------------------------------------------
+
+
+class _LogProbs(torch.autograd.Function):
+    """log p of `targets` `(n,)` given `hidden` `(n, width)`, with d(log p)/d(hidden) made on the way; `weight` is frozen.
+
+    Returns log p, entropy, log Σ p², mean logit, and whether the target is the most likely, `(n,)` each; all but the
+    first without gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, ...]:
+        step = max(1, HEAD_CHUNK // len(weight))
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        stats: list[list[Tensor]] = [[], [], [], [], []]
+        for start in range(0, len(hidden), step):
+            target = targets[start : start + step, None]
+            low = hidden[start : start + step] @ weight.t()
+            if bias is not None:
+                low += bias
+            z = low.float()
+            best = z.argmax(-1, keepdim=True)
+            top, at, mean = z.gather(1, best), z.gather(1, target), z.mean(-1)
+            p = torch.exp(z - top)
+            total = p.sum(-1, keepdim=True)
+            p /= total
+            log_z = top + total.log()
+            squares = torch.linalg.vector_norm(p, dim=-1).log() * 2
+            entropy = log_z[:, 0] - torch.bmm(p[:, None], z[:, :, None])[:, 0, 0]
+            for out, value in zip(stats, ((at - log_z)[:, 0], entropy, squares, mean, (best == target)[:, 0]), strict=True):
+                out.append(value)
+            if gradient is not None:
+                p.neg_().scatter_add_(1, target, torch.ones_like(at))
+                gradient[start : start + step] = p.to(hidden.dtype) @ weight
+        out = [torch.cat(s) if s else hidden.new_zeros(0, dtype=torch.float32) for s in stats]
+        ctx.mark_non_differentiable(*out[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gradient)
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return None if grad is None else (gradient * grad[:, None]).to(gradient.dtype), None, None, None
+
+
+def _scored(base: Any, layout: Layout, before: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """`_LogProbs` of `targets`, each given the packed token `before` it, under the decoder and head of `base`."""
+    out = base.get_decoder()(input_ids=layout.ids, position_ids=layout.positions, use_cache=False, layout=layout)
+    hidden = out.last_hidden_state[0].index_select(0, before)
+    head = base.get_output_embeddings()
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else head.weight.dtype
+    bias = None if head.bias is None else head.bias.to(dtype)
+    with torch.autocast("cpu", enabled=False):
+        scores: tuple[Tensor, ...] = _LogProbs.apply(hidden.to(dtype), head.weight.to(dtype), bias, targets)
+    return scores
+
+
+def packed_logps(model: nn.Module, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+    """log p, in nats and float32, of every answer token given all before it, for each (prompt, answer) of token ids.
+
+    Beginnings that rows share are computed once. Differentiable; sum each tensor for the log p of an answer.
+    `model` has been through `install`.
+    """
+    base = _base(model)
+    if base.config._attn_implementation != ATTENTION:
+        raise ValueError(f"attention is {base.config._attn_implementation!r}, expected {ATTENTION!r}: call install(model) first")
+    layout = lay_out([[*prompt, *answer] for prompt, answer in rows])
+    before, targets = [], []
+    for (prompt, answer), places in zip(rows, layout.places, strict=True):
+        if not prompt:
+            raise ValueError("a row without a prompt: its first token is predicted by nothing")
+        before += places[len(prompt) - 1 : -1] if answer else []
+        targets += answer
+    scores = _scored(base, layout, torch.tensor(before, dtype=torch.long), torch.tensor(targets, dtype=torch.long))
+    return list(scores[0].split([len(answer) for _, answer in rows]))
+
+
+def _forward(own: Callable[..., Any], share: bool, multiple: int) -> Callable[..., Any]:
+    """A forward for the causal LM: fused scoring of packed rows where it can, else `own`, which is trl's."""
+
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        given = {k: v for k, v in kwargs.items() if v is not None and k not in KNOWN}
+        labels = given.pop("labels", None)
+        items = given.pop("num_items_in_batch", None)
+        ids, mask, positions = given.pop("input_ids", None), given.pop("attention_mask", None), given.pop("position_ids", None)
+        flags = {k: v for k, v in given.items() if not (k.startswith("output_") and v is False)}
+        if not fused_lm_head or args or flags or labels is None or ids is None:
+            return own(*args, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
+        columns = _columns(ids, mask, positions)
+        known = ids.tolist()
+        layout = lay_out([[known[b][c] for c in row] for b, row in columns], share=share, multiple=multiple)
+        wanted = labels.tolist()
+        before, targets, slots = [], [], []
+        width = ids.shape[1] - 1
+        for (b, row), places in zip(columns, layout.places, strict=True):
+            for i in range(1, len(row)):
+                if (label := wanted[b][row[i]]) != -100:
+                    before.append(places[i - 1])
+                    targets.append(label)
+                    slots.append(b * width + row[i] - 1)
+        scores = _scored(self, layout, torch.tensor(before, dtype=torch.long), torch.tensor(targets, dtype=torch.long))
+        slot = torch.tensor(slots, dtype=torch.long)
+
+        def padded(x: Tensor) -> Tensor:
+            return x.new_zeros(len(ids) * width).index_put((slot,), x).view(len(ids), width)
+
+        logps, entropy, squares, mean, top1 = (padded(s) for s in scores)
+        return FusedCausalLMOutput(
+            loss=-logps.sum() / (max(1, len(targets)) if items is None else items),
+            log_probs=logps,
+            entropy=entropy,
+            log_sum_sq_probs=squares,
+            mean_logits=mean,
+            is_top1=top1,
+            label_mask=padded(torch.ones(len(slots), dtype=torch.bool)),
+        )
+
+    return forward
+
+
+def _columns(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> list[tuple[int, list[int]]]:
+    """The rows of a batch as (batch index, columns): by the mask, else where positions restart, else all."""
+    out = []
+    for b in range(len(ids)):
+        if mask is not None:
+            out.append((b, mask[b].nonzero()[:, 0].tolist()))
+        elif positions is not None:
+            starts = (positions[b % len(positions)] == 0).nonzero()[:, 0].tolist() or [0]
+            out += [(b, list(range(s, e))) for s, e in zip(starts, [*starts[1:], ids.shape[1]], strict=True)]
+        else:
+            out.append((b, list(range(ids.shape[1]))))
+    return out
+
+
+# --- putting it in --------------------------------------------------------------------------------------------------
+
+
+def _base(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def install(model: nn.Module, *, keep_dequantized: bool = False, multiple: int = 1) -> list[str]:
+    """Make `model` train and score by the faster paths of this module; returns what keeps its own path, and why.
+
+    Comes after a trl trainer is made, which sets the forward that is replaced here. `uninstall` undoes it.
+
+    Args:
+        keep_dequantized: keep the 16-bit copy of each 4-bit weight, which takes the memory that quantisation saved.
+        multiple: fill packed rows up to a multiple of this many tokens.
+    """
+    uninstall(model)
+    base = _base(model)
+    if any(p.device.type != "cpu" for p in base.parameters()):
+        return ["the model is not on a CPU: nothing changed"]
+    undo: list[Callable[[], None]] = []
+    base.__dict__["_reforge_undo"] = undo
+    notes = _install_lora(base, keep_dequantized, undo)
+    reasons = _not_packable(base)
+    if reasons:
+        return [*notes, f"rows stay padded, attention and head their own: {', '.join(reasons)}"]
+    before = base.config._attn_implementation
+    base.set_attn_implementation(ATTENTION)
+    undo.append(lambda: base.set_attn_implementation(before))
+    share = not any(isinstance(m, nn.Dropout) and m.p for m in base.modules())
+    if not share:
+        notes.append("equal beginnings of rows are not shared: the model has dropout, which differs from row to row")
+    own = base.forward
+    set_by_trl = "forward" in base.__dict__
+    base.forward = types.MethodType(_forward(own, share, multiple), base)
+    undo.append(lambda: setattr(base, "forward", own) if set_by_trl else base.__dict__.pop("forward"))
+    return notes
+
+
+def uninstall(model: nn.Module) -> None:
+    """Give `model` back its own forward passes."""
+    for step in reversed(_base(model).__dict__.pop("_reforge_undo", [])):
+        step()
+
+
+def _install_lora(base: nn.Module, keep_dequantized: bool, undo: list[Callable[[], None]]) -> list[str]:
+    others: dict[str, list[str]] = {}
+    for name, parent in base.named_modules():
+        fused: dict[str, _Fused] = {}
+        for child, layer in parent.named_children():
+            if not isinstance(layer, LoraLayer):
+                continue
+            if reason := _not_fusable(layer):
+                others.setdefault(reason, []).append(f"{name}.{child}")
+                continue
+            fused[child] = _Fused(layer, keep_dequantized)
+            layer.forward = fused[child]  # type: ignore[assignment]
+            undo.append(lambda layer=layer: layer.__dict__.pop("forward"))  # type: ignore[misc]
+        for names in SHARED_INPUT:
+            group = [fused[n] for n in names if n in fused]
+            for member in group:
+                member.group = group
+    return [f"{len(names)} LoRA layers keep peft's forward ({reason}): {names[0]} …" for reason, names in others.items()]
+
+
+def _not_fusable(layer: Any) -> str:
+    base = layer.get_base_layer()
+    if type(base) is not nn.Linear and not isinstance(base, Linear4bit):
+        return f"base layer is {type(base).__name__}"
+    if layer.fan_in_fan_out:
+        return "fan_in_fan_out"
+    if layer.lora_variant:
+        return f"variant {type(next(iter(layer.lora_variant.values()))).__name__}"
+    if any(layer.lora_bias.values()):
+        return "lora_bias"
+    if any(getattr(d, "p", 0) for d in layer.lora_dropout.values()):
+        return "lora_dropout"
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return "base weight or bias is trained"
+    return ""
+
+
+def _not_packable(base: Any) -> list[str]:
+    config, head = base.config, base.get_output_embeddings()
+    reasons = [] if config.model_type in PACKABLE else [f"model type {config.model_type}"]
+    if type(head) is not nn.Linear:
+        reasons.append(f"head is {type(head).__name__}")
+    elif head.weight.requires_grad:
+        reasons.append("head is trained")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "attention_dropout", "output_router_logits"):
+        if getattr(config, name, None):
+            reasons.append(f"{name}={getattr(config, name)}")
+    return reasons

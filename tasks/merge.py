@@ -1,0 +1,94 @@
+"""merge: the adapter into the base's weights, upcast first, by measurement.
+
+Candidates are merging into the original 16-bit base and into the dequantised one, on which the adapter was trained. The one
+whose next-token distributions are closer to those of the adapter on its quantised base, over held-out rows, is kept. See
+docs/decisions/0006-merge.md.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tasks import chat, models, stage
+from tasks import records as recs
+from tasks.params import Merge, UserError
+
+Row = tuple[list[int], list[int]]  # prompt and answer, token ids
+
+
+def run(
+    base: Path,
+    adapter: Path,
+    rows: Path,
+    model: Path,
+    metrics: Path,
+    params: Merge,
+    quantization: dict[str, Any] | None,
+) -> str:
+    """Save the closer candidate to `model` as safetensors, with the tokenizer; write how close each is to `metrics`.
+
+    Raises:
+        UserError: the closer one is further than `merge.max_kl` from the adapter on its base.
+    """
+    held_out = answers(rows / "validation.parquet", params.prompts) or answers(rows / "train.parquet", params.prompts)
+    target = distributions(models.load_adapter(models.load(base, quantization), adapter, trainable=False), held_out)
+    names = {"dequantized": True, "16bit": False} if quantization is not None else {"16bit": False}
+    found: dict[str, dict[str, float]] = {}
+    best, kept = "", None
+    for name, onto in names.items():
+        candidate = models.load_merged(base, adapter, quantization, onto_dequantized=onto)
+        found[name] = compare(target, distributions(candidate, held_out))
+        if kept is None or found[name]["kl"] < found[best]["kl"]:
+            best, kept = name, candidate
+    assert kept is not None
+    result = {
+        "kept": best,
+        "tokens": sum(len(t) for t in target),
+        "kl": found[best]["kl"],
+        "top1": found[best]["top1"],
+        "candidates": found,
+    }
+    metrics.write_text(json.dumps(result, indent=2) + "\n")
+    if found[best]["kl"] > params.max_kl:
+        raise UserError(
+            f"the merged model is {found[best]['kl']:.4f} nats per token from the adapter on its base, more than merge.max_kl {params.max_kl}; serve the adapter on the quantised base instead, or raise the limit"
+        )
+    shutil.rmtree(model, ignore_errors=True)
+    kept.config._name_or_path = kept.name_or_path = ""
+    kept.save_pretrained(str(model), max_shard_size=params.max_shard_size)
+    chat.load_tokenizer(base).save_pretrained(str(model))
+    return f"into the {best} base: KL {found[best]['kl']:.5f} nats per token, top-1 agreement {found[best]['top1']:.4f}"
+
+
+def answers(path: Path, count: int) -> list[Row]:
+    """(prompt, answer) of the first `count` rows: cut at the first supervised token."""
+    out = []
+    for ids, labels in recs.read(path).head(count).select("input_ids", "labels").iter_rows():
+        at = next(i for i, label in enumerate(labels) if label != chat.IGNORED)
+        out.append((ids[:at], ids[at:]))
+    return out
+
+
+@torch.inference_mode()
+def distributions(model: nn.Module, rows: list[Row]) -> list[Tensor]:
+    """For each row the log-probabilities `(len(answer), vocabulary)`, on the CPU in float32."""
+    out: list[Tensor] = [torch.empty(0)] * len(rows)
+    for group in models.batches([len(p) + len(a) for p, a in rows], 8):
+        for index, logits in zip(group, models.token_logits(model, [rows[i] for i in group]), strict=True):
+            out[index] = logits.log_softmax(-1).cpu()
+    return out
+
+
+def compare(target: list[Tensor], other: list[Tensor]) -> dict[str, float]:
+    """Mean KL(target ‖ other) in nats per token, and how often both have the same most likely token."""
+    kl = torch.cat([(t.exp() * (t - o)).sum(-1) for t, o in zip(target, other, strict=True)])
+    same = torch.cat([t.argmax(-1) == o.argmax(-1) for t, o in zip(target, other, strict=True)])
+    return {"kl": round(float(kl.mean()), 6), "top1": round(float(same.float().mean()), 6)}
+
+
+if __name__ == "__main__":
+    stage.main(run)

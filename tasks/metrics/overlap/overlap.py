@@ -1,0 +1,53 @@
+"""How much of a reference an answer says: ROUGE-L, chrF and recall of its content words, per answer.
+
+Words are runs of letters and digits of any script; for text without spaces (Chinese, Japanese, Thai) and for Korean, whose
+words carry their particles, recall counts character bigrams instead.
+"""
+
+import re
+
+import datasets
+import evaluate
+from rouge_score import rouge_scorer
+from sacrebleu.metrics import CHRF
+
+_BIGRAM_SCRIPTS = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+_COMMON = frozenset(
+    "the and with that this for are was from which than its into more one two not any all can has have".split()
+)
+
+
+class _Words:
+    """rouge_score's own tokenizer drops every letter that is not ASCII."""
+
+    def tokenize(self, text):
+        return re.findall(r"\w+", text.lower())
+
+
+def pieces(text):
+    """What recall counts: content words, or character bigrams."""
+    if _BIGRAM_SCRIPTS.search(text):
+        bare = "".join(re.findall(r"\w", text.lower()))
+        return {bare[i : i + 2] for i in range(len(bare) - 1)} or {bare}
+    return {word for word in re.findall(r"\w{3,}", text.lower()) if word not in _COMMON}
+
+
+class Overlap(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=__doc__,
+            citation="Lin 2004 (ROUGE); Popović 2015 (chrF)",
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
+        )
+
+    def _compute(self, predictions, references):
+        rouge, chrf = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Words()), CHRF()
+        out = {"rouge_l": [], "chrf": [], "recall": []}
+        for prediction, reference in zip(predictions, references, strict=True):
+            out["rouge_l"].append(rouge.score(reference, prediction)["rougeL"].fmeasure)
+            out["chrf"].append(chrf.sentence_score(prediction, [reference]).score / 100)
+            wanted = pieces(reference)
+            out["recall"].append(len(wanted & pieces(prediction)) / len(wanted) if wanted else 1.0)
+        return out

@@ -1,0 +1,243 @@
+"""Models on the device at hand: loading, quantising, adapters, seeding, scoring and generating."""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel, set_seed
+
+from tasks.params import UserError
+
+
+def device() -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def compute_dtype() -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, else float16 on a GPU and float32 on a CPU."""
+    kind = device().type
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if kind == "cpu":
+        return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
+    return torch.float16
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, and ask torch for deterministic kernels. Comes before an adapter is created."""
+    random.seed(seed)
+    np.random.seed(seed)
+    set_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def attention(longest: int) -> str:
+    """Attention implementation for training on rows of up to `longest` tokens.
+
+    torch 2.13's SDPA on CPU spends most of its time in its backward pass (13 % of a step at 44 tokens, where `eager`
+    takes 2 %); `eager` keeps an n × n matrix per head, too much for long rows. A GPU has good SDPA kernels.
+    """
+    return "eager" if device().type == "cpu" and longest <= 512 else "sdpa"
+
+
+def load(folder: Path, quantization: dict[str, Any] | None, attention: str = "sdpa") -> PreTrainedModel:
+    """A model from safetensors in a local folder, in eval mode on the device at hand.
+
+    Args:
+        folder: output of `base` or `merge`.
+        quantization: fields of `BitsAndBytesConfig`; None loads 16 bits (32 where the hardware has no 16).
+    """
+    dtype = compute_dtype()
+    extra: dict[str, Any] = {}
+    if quantization is not None:
+        given = dict(quantization)
+        if given.get("load_in_4bit"):
+            given.setdefault("bnb_4bit_compute_dtype", dtype)
+        extra["quantization_config"] = BitsAndBytesConfig(**given)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        dtype=dtype,
+        device_map={"": device()},
+        local_files_only=True,
+        use_safetensors=True,
+        attn_implementation=attention,
+        trust_remote_code=False,
+        **extra,
+    )
+    keep_training_kernels(model)
+    return model.eval()
+
+
+def keep_training_kernels(model: nn.Module) -> int:
+    """Stop bitsandbytes 0.50.2 from repacking 4-bit weights in place on CPUs with AVX512-BF16; returns how many layers.
+
+    Symptom: after any forward in eval mode, gradients of the same layer are silently wrong and a merge gives garbage.
+    Needed while `tests/test_models.py::test_packing_still_breaks_gradients` passes.
+    """
+    changed = 0
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (unknown to nn.Module's types)
+            changed += 1
+    return changed
+
+
+def new_adapter(model: PreTrainedModel, lora: dict[str, Any], seed: int) -> PeftModel:
+    """LoRA (Hu et al. 2021, arXiv:2106.09685) on `model`, B zero and A drawn from `seed`, in float32.
+
+    `r`, `lora_alpha`, `target_modules` and the rest are peft's own. float32: a bf16 weight near 0.02 moves in steps of
+    1e-4, in which the updates of a small learning rate vanish.
+    """
+    seed_everything(seed)
+    given = {"target_modules": "all-linear"} | lora
+    try:
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **given))
+    except ValueError as error:
+        raise UserError(f"lora: {' '.join(str(error).split())}") from None
+    adapter_float32(adapted)
+    return adapted
+
+
+def load_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool) -> PeftModel:
+    """`adapter` of `sft` or `dpo` on its base."""
+    adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, local_files_only=True)
+    adapter_float32(adapted)
+    return adapted
+
+
+def load_merged(
+    base: Path, adapter: Path, quantization: dict[str, Any] | None, *, onto_dequantized: bool = True
+) -> PreTrainedModel:
+    """The base with `adapter` merged into its weights, in float32, then rounded to 16 bits.
+
+    An adapter trained on a quantised base was trained around the quantisation error. `onto_dequantized` merges it into
+    that base's values; else into the original weights. See docs/decisions/0006-merge.md for how they compare.
+    """
+    original = load(base, None)
+    if quantization is not None and onto_dequantized:
+        quantized = load(base, quantization)
+        with torch.no_grad():
+            weights = dict(original.named_parameters())
+            for name, module in quantized.named_modules():
+                if hasattr(getattr(module, "weight", None), "quant_state") or type(module).__name__ == "Linear8bitLt":
+                    weights[f"{name}.weight"].copy_(dequantized(module))
+        del quantized
+    dtype = original.dtype
+    adapted = load_adapter(original.float(), adapter, trainable=False).float()
+    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    return merged.to(dtype).eval()
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    """The float32 weight `(out, in)` that a bitsandbytes layer computes with."""
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    weight: Any = module.weight
+    values: Tensor = dequantize_bnb_weight(weight, state=getattr(module, "state", None))
+    return values.float()
+
+
+def adapter_float32(model: nn.Module) -> None:
+    """Adapter weights in float32. trl 1.16 casts those of a quantised model to bf16 when a trainer is made."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Adapter weights and config, without the path of the base model: an output holds no path of this machine."""
+    model.save_pretrained(str(folder), safe_serialization=True, selected_adapters=["default"])
+    (folder / "README.md").unlink(missing_ok=True)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "data/base/model"
+    for key, value in config.items():
+        if isinstance(value, list) and all(isinstance(v, str) for v in value):
+            config[key] = sorted(value)  # peft keeps a set: its order changes from run to run
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, longest first, so that memory runs out at the start or not at all."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
+    """Rows of token ids as one tensor `(rows, longest)`."""
+    width = max(len(row) for row in rows)
+    padded = [[value] * (width - len(r)) + list(r) if left else list(r) + [value] * (width - len(r)) for r in rows]
+    return torch.tensor(padded, device=device())
+
+
+def token_logits(model: nn.Module, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+    """For each (prompt, answer) of token ids, the float32 logits `(len(answer), vocabulary)` that predict the answer.
+
+    The head runs over answer positions only.
+    """
+    ids = pad([[*prompt, *answer] for prompt, answer in rows], 0)
+    mask = pad([[1] * (len(prompt) + len(answer)) for prompt, answer in rows], 0)
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    hidden: Tensor = inner.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    head: Any = inner.get_output_embeddings()
+    picked = [hidden[i, len(prompt) - 1 : len(prompt) + len(answer) - 1] for i, (prompt, answer) in enumerate(rows)]
+    logits: Tensor = head(torch.cat(picked)).float()
+    return list(torch.split(logits, [len(answer) for _, answer in rows]))
+
+
+@torch.inference_mode()
+def answer_logprobs(
+    model: nn.Module, rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int, progress: str | None = None
+) -> list[list[float]]:
+    """log p of every answer token given all before it, in nats, for each (prompt, answer) of token ids."""
+    from tqdm import tqdm
+
+    out: list[list[float]] = [[] for _ in rows]
+    groups = list(batches([len(p) + len(a) for p, a in rows], batch_size))
+    for group in tqdm(groups, desc=progress, disable=progress is None, mininterval=2):
+        for index, logits in zip(group, token_logits(model, [rows[i] for i in group]), strict=True):
+            target = torch.tensor(rows[index][1], device=logits.device)
+            out[index] = torch.log_softmax(logits, -1).gather(1, target[:, None])[:, 0].tolist()
+    return out
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    generation: dict[str, Any],
+    max_new_tokens: int,
+    batch_size: int,
+    progress: str | None = None,
+) -> list[str]:
+    """The model's answers to `prompts` (token ids), without special tokens. `generation` is a `GenerationConfig`."""
+    from tqdm import tqdm
+
+    config = GenerationConfig(
+        **{"do_sample": False, **generation},
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    out = [""] * len(prompts)
+    groups = list(batches([len(p) for p in prompts], batch_size))
+    for group in tqdm(groups, desc=progress, disable=progress is None, mininterval=2):
+        rows = [prompts[i] for i in group]
+        ids = pad(rows, tokenizer.pad_token_id, left=True)
+        mask = pad([[1] * len(r) for r in rows], 0, left=True)
+        answers = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        for index, text in zip(
+            group, tokenizer.batch_decode(answers[:, ids.shape[1] :], skip_special_tokens=True), strict=True
+        ):
+            out[index] = text.strip()
+    return out

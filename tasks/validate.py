@@ -1,0 +1,400 @@
+"""validate: what must not be trained on goes to quarantine, with the reasons and the original row.
+
+Rows in = rows out + rows quarantined, always. Checks come in three layers: the columns of a record, the texts of a row
+(Unicode, control tokens, length, …), rows against each other (contamination, copies, contradictions). The last layer
+sees only rows that passed the first two, so that a broken copy never displaces a sound one. Near copies are found by
+MinHash and locality-sensitive hashing (Broder, "On the resemblance and containment of documents", 1997; Leskovec
+et al., "Mining of Massive Datasets", ch. 3) and confirmed by their exact Jaccard similarity.
+"""
+
+import json
+import re
+import string
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandera.polars as pa
+import polars as pl
+import rensa
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from tasks import records as recs
+from tasks import stage
+from tasks.params import UserError, Validate
+
+Row = dict[str, Any]
+
+# Rust's and Python's regex engines read these alike: a character stands for itself.
+CHARACTERS = {
+    "control_character": "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]",  # C0 and C1 but for tab, line feed, carriage return
+    "replacement_character": "\ufffd",  # what a wrong decoding leaves behind
+    "bidirectional_override": "[\u202a-\u202e\u2066-\u2069]",  # shows a reader another text than the model gets
+    "zero_width": "[\u200b\u200e\u200f\u2060\ufeff]",  # Persian, Indic scripts and emoji need U+200C and U+200D
+}
+# Separators, controls and formats, and what is drawn as nothing: fillers of Hangul, braille blank, variation selectors.
+BLANK = r"^[\s\p{Z}\p{Cc}\p{Cf}\x{34F}\x{115F}\x{1160}\x{17B4}\x{17B5}\x{2800}\x{3164}\x{FE00}-\x{FE0F}\x{FFA0}]*$"
+# Control strings of the common chat templates: a text that holds one was once rendered, or attacks a template.
+FOREIGN = (
+    r"<[|｜][A-Za-z0-9_▁.:/-]{1,40}[|｜]>|\[\|[A-Za-z0-9_]{1,40}\|\]|<(?:start|end)_of_turn>|</s>|<bos>|<eos>"
+    r"|\[/?INST\]|<</?SYS>>|\[/?SYSTEM_PROMPT\]|\[/?AVAILABLE_TOOLS\]|\[TOOL_CALLS\]|\[gMASK\]"
+)
+# Scripts without spaces, and Hangul, whose particles cling to the word: there a word is no unit to compare by.
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3040-\u318f\u3400-\u9fff\uac00-\ud7af]")
+EDGES = string.punctuation + "¿¡«»‘’“”…–—。、，！？：；「」『』（）·।؟،"
+PERMUTATIONS = 128
+# Kept texts per bucket, and comparisons per text: the work stays linear where thousands of texts share a template and
+# differ by just more than the threshold. What a real pair shares besides the template meets in other buckets.
+CANDIDATES = 8
+
+
+class Failure(NamedTuple):
+    row: int  # position in the table of records
+    column: str
+    check: str
+    reason: str
+
+
+def run(
+    records: Path, unreadable: Path, base: Path, out: Path, quarantine: Path, metrics: Path, params: Validate
+) -> str:
+    """Write the sound records to `out`, in their order, and every other row, with all that is wrong, to `quarantine`.
+
+    A line of `quarantine` has `source`, `line`, `column`, `check`, `reason` (of the first failure), `also` (the further
+    ones) and `content`: the canonical row, or the original text of what `ingest` could not read. `base` is read for its
+    tokenizer only. Lengths are tokens of the texts alone: what the chat template adds is counted by `template`.
+
+    Raises:
+        UserError: more than `params.max_quarantine` of the rows are rejected, or no row is left; `quarantine` and
+            `metrics` are written nevertheless.
+    """
+    table = recs.read(records)
+    unread = _unread(unreadable)
+    tokenizer, specials = _tokenizer(base)
+    failures = _columns(table, records)
+    texts = _texts(table)
+    tokens = _tokens(table.height, texts, tokenizer)
+    failures += _contents(texts, specials) + _wholes(table, tokens, params.max_tokens)
+    broken = {failure.row for failure in failures}
+    sound = {i: row for i, row in enumerate(table.iter_rows(named=True)) if i not in broken}
+    failures += _compared(sound, params.near_duplicate)
+
+    found = defaultdict[int, list[Failure]](list)
+    for failure in failures:
+        found[failure.row].append(failure)
+    rejected = [_quarantined(table.row(i, named=True), found[i]) for i in sorted(found)] + unread
+    kept = table.filter(pl.Series([i not in found for i in range(table.height)], dtype=pl.Boolean))
+    rows = table.height + len(unread)
+    assert kept.height + len(rejected) == rows, f"{rows} rows in, {kept.height} out, {len(rejected)} quarantined"
+    recs.write_jsonl(rejected, quarantine)
+
+    failed = defaultdict[str, list[Row]](list)
+    for row in rejected:
+        for check in dict.fromkeys([row["check"], *(other["check"] for other in row["also"])]):
+            failed[check].append(row)
+    checks = sorted(failed.items(), key=lambda item: (-len(item[1]), item[0]))
+    share = len(rejected) / rows if rows else 0.0
+    topics, warnings = _topics(kept, params.max_topic_share)
+    lengths = sorted(n for i, n in enumerate(tokens) if i not in found) or [0]
+    sources = Counter(chain(table["source"], (row["source"] for row in unread)))
+    lost = Counter(row["source"] for row in rejected)
+    counts = {
+        "rows_in": rows,
+        "rows_out": kept.height,
+        "quarantined": len(rejected),
+        "quarantined_share": round(share, 6),
+        "checks": {check: len(hit) for check, hit in checks},  # rows that fail it, first or not
+        "sources": {str(s): {"rows_in": sources[s], "quarantined": lost[s]} for s in sorted(sources, key=str)},
+        "kinds": dict(kept["kind"].value_counts().sort("kind").iter_rows()),
+        "topics": topics,
+        "tokens": {name: lengths[int(q * (len(lengths) - 1))] for name, q in (("p50", 0.5), ("p95", 0.95), ("max", 1))},
+        "warnings": warnings,
+    }
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    metrics.write_text(json.dumps(counts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    said = f"{len(rejected)} of {rows} rows ({share:.2%}) quarantined"
+    if kept.is_empty() or share > params.max_quarantine:
+        limit = (
+            "no row is left" if kept.is_empty() else f"at most {params.max_quarantine:.2%} (validate.max_quarantine)"
+        )
+        worst = ", ".join(f"{check} {len(hit)} (as {_where(hit[0])})" for check, hit in checks[:3])
+        raise UserError(f"{said}, {limit}: {worst or 'no rows came in'}; look at {quarantine}")
+    recs.schema().validate(kept)
+    recs.write(kept, out)
+    named = ": " + ", ".join(f"{check} {len(hit)}" for check, hit in checks) if checks else ""
+    return "; ".join([said + named, *warnings])
+
+
+def _where(row: Row) -> str:
+    return f"{row['source']}:{row['line']}"
+
+
+def _quarantined(row: Row, failures: list[Failure]) -> Row:
+    first, *others = ({"column": f.column, "check": f.check, "reason": f.reason} for f in failures)
+    return {"source": row["source"], "line": row["line"], **first, "also": others, "content": row}
+
+
+def _unread(path: Path) -> list[Row]:
+    """What `ingest` could not read, in the form of the quarantine."""
+    names = ("source", "line", "column", "check", "reason")
+    try:
+        rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+        return [{**{name: row[name] for name in names}, "also": [], "content": row["content"]} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: can't be read as what ingest writes: {error}") from None
+
+
+def _failing(schema: pa.DataFrameSchema, table: pl.DataFrame) -> Iterator[Row]:
+    """pandera's failure cases, all of them: `index` (null: of no single row), `column`, `check`, `failure_case`."""
+    try:
+        schema.validate(table, lazy=True)
+    except pa.errors.SchemaErrors as error:
+        yield from error.failure_cases.iter_rows(named=True)
+
+
+def _unmet(rules: dict[str, pl.Expr], table: pl.DataFrame) -> Iterator[tuple[int, str]]:
+    """(row, rule) wherever a rule does not hold, all of them."""
+    checks = [pa.Check(lambda data, e=e: data.lazyframe.select(e), name=n, ignore_na=False) for n, e in rules.items()]
+    schema = pa.DataFrameSchema({table.columns[0]: pa.Column(checks=checks)})
+    return ((case["index"], case["check"]) for case in _failing(schema, table))
+
+
+def _columns(table: pl.DataFrame, path: Path) -> list[Failure]:
+    """Values that the schema of records forbids.
+
+    Raises:
+        UserError: the table has other columns altogether.
+    """
+    failures = []
+    for case in _failing(recs.schema(), table):
+        if case["check"] == "field_uniqueness":  # rows of one id say the same: `_compared` keeps the first
+            continue
+        reason = f"expected {case['check']}, found {case['failure_case']}"
+        if case["index"] is None:
+            raise UserError(f"{path}: no table of records: {case['column'] or 'columns'}: {reason}")
+        failures.append(Failure(case["index"], case["column"], "schema", reason))
+    return failures
+
+
+def _texts(table: pl.DataFrame) -> pl.DataFrame:
+    """Every text of every row: `row`, `column`, `role` (null outside messages), `text`; a missing one is empty."""
+    out: list[tuple[int, str, str | None, str]] = []
+    for i, row in enumerate(table.iter_rows(named=True)):
+        for n, turn in enumerate(row["messages"] or [None]):
+            role, text = (turn["role"], turn["content"]) if turn else (None, None)
+            out.append((i, f"messages[{n}].content", role or "", text or ""))
+        for column, kind in (("options", "choice"), ("responses", "ratings")):
+            values = row[column] or ([None] if row["kind"] == kind else [])
+            out += [(i, f"{column}[{n}]", None, value or "") for n, value in enumerate(values)]
+        for column in ("chosen", "rejected"):
+            if row["kind"] == "preference" or row[column] is not None:
+                out.append((i, column, None, row[column] or ""))
+    columns = {"row": pl.Int64, "column": pl.String, "role": pl.String, "text": pl.String}
+    return pl.DataFrame(out, schema=columns, orient="row")
+
+
+def _tokenizer(base: Path) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer, without the library that would load torch, and every string that it reads as a control token."""
+    path, beside = base / "tokenizer.json", base / "tokenizer_config.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []
+        config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    except Exception as error:  # the library raises no narrower class
+        raise UserError(f"{path}: can't be read as a tokenizer: {' '.join(str(error).split())}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    names = [token["content"] for token in added if token["special"]]
+    for key, value in config.items():
+        if key.endswith("_token"):
+            names.append(value)
+        elif key in ("additional_special_tokens", "extra_special_tokens"):
+            names += value.values() if isinstance(value, dict) else value or []
+    found = {name["content"] if isinstance(name, dict) else name for name in names}
+    # a config may name a plain character (to pad with "!", say), which no text can do without
+    return tokenizer, sorted(name for name in found if isinstance(name, str) and len(name) > 1)
+
+
+def _tokens(rows: int, texts: pl.DataFrame, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of each row: its messages and the longest of what may follow them (an answer, an option, a response)."""
+    messages, following, chunk = [0] * rows, [0] * rows, 512
+    for start in tqdm(range(0, texts.height, chunk), "tokens", disable=None, delay=3, leave=False):
+        part = texts[start : start + chunk]
+        encoded = tokenizer.encode_batch_fast(part["text"].to_list(), add_special_tokens=False)
+        for row, role, encoding in zip(part["row"], part["role"], encoded, strict=True):
+            if role is None:
+                following[row] = max(following[row], len(encoding))
+            else:
+                messages[row] += len(encoding)
+    return [a + b for a, b in zip(messages, following, strict=True)]
+
+
+def _contents(texts: pl.DataFrame, specials: list[str]) -> list[Failure]:
+    """What is wrong within one text."""
+    patterns = CHARACTERS | {"control_token": "|".join([*map(re.escape, specials), FOREIGN])}
+    text = pl.col("text")
+    rules = {"empty": ~text.str.contains(BLANK) | pl.col("role").eq_missing("system")}
+    rules |= {name: ~text.str.contains(pattern) for name, pattern in patterns.items()}
+    # Python's Unicode tables, as in `ingest`: those of another version would disagree on new characters
+    rules["not_nfc"] = text.map_elements(lambda said: unicodedata.is_normalized("NFC", said), return_dtype=pl.Boolean)
+    reasons = {"empty": "no visible character", "not_nfc": "not in Unicode normal form C"}
+    failures = []
+    for i, check in _unmet(rules, texts):
+        row, column, _, said = texts.row(i)
+        if check in patterns:
+            match = re.search(patterns[check], said)
+            assert match, f"{check}: two regex engines disagree"
+            name = unicodedata.name(match[0][0], "CONTROL")
+            found = repr(match[0]) if len(match[0]) > 1 else f"U+{ord(match[0]):04X} {name}"
+            reasons[check] = f"{found} at character {match.start() + 1}"
+        failures.append(Failure(row, column, check, reasons[check]))
+    return sorted(failures, key=lambda failure: failure.row)
+
+
+def _wholes(table: pl.DataFrame, tokens: list[int], max_tokens: int) -> list[Failure]:
+    """What is wrong with a row as a whole."""
+    answered = pl.col("messages").list.last().struct.field("role").eq_missing("assistant")
+    chosen, rejected = (pl.col(side).str.strip_chars() for side in ("chosen", "rejected"))
+    rules = {
+        "too_long": pl.col("tokens") <= max_tokens,
+        "last_turn": answered == pl.col("kind").is_in(["chat", "replay"]),
+        "same_answers": chosen.is_null() | chosen.ne_missing(rejected),
+    }
+    failures = []
+    for i, check in _unmet(rules, table.select(pl.Series("tokens", tokens, pl.Int64), pl.all())):
+        column, reason = {
+            "too_long": ("messages", f"{tokens[i]} tokens, at most {max_tokens} (validate.max_tokens)"),
+            "last_turn": ("messages", "chat and replay end with the assistant's turn, all other kinds with the user's"),
+            "same_answers": ("rejected", "chosen and rejected are the same text"),
+        }[check]
+        failures.append(Failure(i, column, check, reason))
+    return failures
+
+
+def _normal(text: str | None) -> str:
+    return " ".join((text or "").casefold().split())
+
+
+def _turns(row: Row, system: bool = False) -> tuple[str, ...]:
+    return tuple(_normal(turn["content"]) for turn in row["messages"] if system or turn["role"] != "system")
+
+
+def _is_test(row: Row) -> bool:
+    return row["kind"] == "choice" or (row["wording"] == "test" and row["kind"] in ("chat", "question"))
+
+
+def _claim(row: Row) -> tuple[Any, Any]:
+    """What is asked, and what is answered: rows that ask the same must answer the same; None where they need not."""
+    turns = _turns(row, system=True)
+    if row["kind"] == "chat":
+        return ("chat", turns[:-1]), turns[-1]
+    if row["kind"] == "choice" and row["answer"] is not None:
+        return ("choice", turns, tuple(sorted(row["options"]))), row["options"][row["answer"]]
+    if row["kind"] == "preference":
+        sides = _normal(row["chosen"]), _normal(row["rejected"])
+        return ("preference", turns, tuple(sorted(sides))), sides[0]
+    return None, None
+
+
+def _compared(rows: dict[int, Row], threshold: float) -> list[Failure]:
+    """What is wrong with a row beside others; one that is out already neither displaces nor contradicts another."""
+    failures: list[Failure] = []
+
+    def fail(i: int, check: str, reason: str) -> None:
+        failures.append(Failure(i, "messages", check, reason))
+
+    tests: dict[tuple[str, ...], int] = {}
+    for i, row in rows.items():
+        if _is_test(row):
+            tests.setdefault(_turns(row)[: -1 if row["kind"] == "chat" else None], i)
+    for i, row in rows.items():
+        turns = () if _is_test(row) else _turns(row)
+        # every prompt of a conversation, its earlier turns too: those are trained on as well
+        leak = next((tests[turns[:n]] for n in range(1, len(turns) + 1, 2) if turns[:n] in tests), None)
+        if leak is not None:
+            fail(i, "contamination", f"asks what the test asks at {_where(rows[leak])}")
+
+    first: dict[tuple[Any, ...], int] = {}
+    for i, row in rows.items():
+        said = map(_normal, [*(row["options"] or []), row["chosen"], row["rejected"], *(row["responses"] or [])])
+        # a test's copy in training is contamination, and must not cost the test its row
+        key = (row["kind"], _is_test(row), _turns(row, system=True), *said, row["answer"], repr(row["ratings"]))
+        if first.setdefault(key, i) != i:
+            fail(i, "duplicate", f"the same text as {_where(rows[first[key]])}")
+
+    gone = {failure.row for failure in failures}
+    claims = defaultdict[Any, dict[int, Any]](dict)
+    for i, row in rows.items():
+        asked, answered = _claim(row)
+        if i not in gone and asked is not None:
+            claims[asked][i] = answered
+    for (kind, *_), answers in claims.items():
+        if len(set(answers.values())) > 1:
+            for i in answers:
+                others = [_where(rows[j]) for j in list(answers)[:6] if j != i][:5]
+                more = f" and {len(answers) - 1 - len(others)} more" if len(answers) - 1 > len(others) else ""
+                fail(i, "contradiction", f"the same {kind} prompt is answered otherwise at {', '.join(others)}{more}")
+
+    gone = {failure.row for failure in failures}
+    for kind in ("chat", "preference"):  # the two may share texts; fixed wordings are alike on purpose
+        user = {i: row for i, row in rows.items() if i not in gone and row["kind"] == kind and row["wording"] is None}
+        # without the system message, which many rows share
+        prose = {i: " ".join([*_turns(r), _normal(r["chosen"]), _normal(r["rejected"])]) for i, r in user.items()}
+        for i, (j, similarity) in _near(prose, threshold).items():
+            fail(i, "near_duplicate", f"{similarity:.3f} similar to {_where(rows[j])}")
+    return failures
+
+
+def _shingles(text: str) -> set[str]:
+    """3-shingles of words, or 5-shingles of characters where the script does not set words apart by spaces."""
+    words = [word for word in (w.strip(EDGES) for w in text.split()) if word] or text.split()
+    joined = "".join(words)
+    if len(UNSPACED.findall(joined)) > 0.3 * len(joined):
+        return {joined[n : n + 5] for n in range(max(1, len(joined) - 4))}
+    return {" ".join(words[n : n + 3]) for n in range(max(1, len(words) - 2))}
+
+
+def _near(texts: dict[int, str], threshold: float) -> dict[int, tuple[int, float]]:
+    """Text → an earlier one that is kept, and their exact Jaccard similarity, at least `threshold`."""
+    # the most permutations per band that still bring a pair at the threshold together with probability 0.999
+    width = max((r for r in (2, 4, 8, 16, 32) if (1 - threshold**r) ** (PERMUTATIONS / r) <= 0.001), default=1)
+    buckets, kept = defaultdict[int, list[int]](list), dict[int, Any]()
+    near: dict[int, tuple[int, float]] = {}
+    for i, text in tqdm(texts.items(), "near duplicates", disable=None, delay=3, leave=False):
+        shingles = _shingles(text)
+        sketch = rensa.RMinHash(PERMUTATIONS, 0)
+        sketch.update(list(shingles))
+        digest = sketch.digest()
+        bands = [buckets[hash((n, *digest[n : n + width]))] for n in range(0, PERMUTATIONS, width)]
+        estimates = {j: sketch.jaccard(kept[j]) for j in chain(*bands)}
+        for j in sorted(estimates, key=lambda j: (-estimates[j], j))[:CANDIDATES]:
+            other = _shingles(texts[j])
+            similarity = len(shingles & other) / len(shingles | other)
+            if similarity >= threshold:
+                near[i] = j, similarity
+                break
+        else:
+            kept[i] = sketch
+            for bucket in bands:
+                if len(bucket) < CANDIDATES:
+                    bucket.append(i)
+    return near
+
+
+def _topics(kept: pl.DataFrame, limit: float) -> tuple[dict[str, Any], list[str]]:
+    """Rows and share of each topic among chat rows, and a warning for one above the limit: no single row's fault."""
+    topics, chat = kept.filter(kind="chat")["topic"].value_counts(), kept.filter(kind="chat").height
+    counts = dict(topics.sort(["count", "topic"], descending=[True, False]).iter_rows())
+    said = "warning: topic {!r} is {:.1%} of the chat rows, above {:.1%} (validate.max_topic_share)"
+    # one topic alone is a choice, not an imbalance
+    heavy = [said.format(t, n / chat, limit) for t, n in counts.items() if n > limit * chat and len(counts) > 1]
+    return {topic: {"rows": n, "share": round(n / chat, 6)} for topic, n in counts.items()}, heavy
+
+
+if __name__ == "__main__":
+    stage.main(run)

@@ -1,0 +1,369 @@
+"""The faster paths give what the plain ones give: losses, log-probabilities and every LoRA gradient."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models as tokenizer_models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import add_fused_lm_head
+
+from tasks import fast
+
+VOCABULARY = 97
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "llama, tied, with biases": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "mistral, window of 5": lambda: MistralConfig(**SIZES, sliding_window=5),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen2, window of 4 in one layer": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=32),
+}
+# (token ids, where the labels begin): shared beginnings, a row that begins another, two equal rows, one on its own
+ROWS = [
+    ([5, 6, 7, 8, 9, 10, 11], 4),
+    ([5, 6, 7, 8, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32], 4),
+    ([40, 41, 42], 1),
+    ([5, 6, 7, 8, 9, 10, 11, 12, 13], 2),
+    ([5, 6, 7, 8, 9, 10, 11], 4),
+    ([5, 6, 50, 51, 52, 53], 3),
+]
+
+
+def tiny(config: Any, tmp_path: Path | None = None, **lora: Any) -> Any:
+    """A random model with LoRA on all linear layers and B not zero, ready for `fused_lm_head=True`; NF4 with `tmp_path`."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.3)
+    if tmp_path is not None:
+        model.save_pretrained(tmp_path)
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=nf4, attn_implementation="eager")
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    adapted: Any = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | lora))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    add_fused_lm_head(adapted.get_base_model(), outputs=("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
+    return adapted.train()
+
+
+def batch() -> dict[str, Tensor]:
+    width = max(len(ids) for ids, _ in ROWS)
+    rows = [(ids, [-100] * start + ids[start:], [1] * len(ids)) for ids, start in ROWS]
+    padded = [[r[k] + [fill] * (width - len(r[0])) for r in rows] for k, fill in enumerate((0, -100, 0))]
+    return dict(zip(("input_ids", "labels", "attention_mask"), map(torch.tensor, padded), strict=True))
+
+
+def plain(model: Any, given: dict[str, Tensor]) -> Tensor:
+    """log p of each label `(batch, seq - 1)`, 0 where there is none, through peft, eager attention and full logits."""
+    logits = model(input_ids=given["input_ids"], attention_mask=given.get("attention_mask")).logits.float()[:, :-1]
+    labels = given["labels"][:, 1:]
+    picked = torch.log_softmax(logits, -1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    return picked * (labels != -100)
+
+
+def fused(model: Any, given: dict[str, Tensor]) -> Tensor:
+    out: Tensor = model(**given, fused_lm_head=True, use_cache=False).log_probs
+    return out
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    out = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert out and all(g.abs().sum() > 0 for g in out.values())
+    return out
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Of `a` to `b`, relative to `b`."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def same(model: Any, score: Callable[[Any], Tensor], reference: Callable[[Any], Tensor], **options: Any) -> None:
+    """`score` on the installed model against `reference` on the plain one: values and every gradient within 1e-5."""
+    expected = reference(model)
+    torch.manual_seed(1)
+    weights = torch.rand(expected.shape)  # every position has its own gradient
+    wanted = gradients(model, (expected * weights).sum())
+    notes = fast.install(model, **options)
+    assert notes == []
+    given = score(model)
+    assert distance(given, expected) < 1e-5
+    found = gradients(model, (given * weights).sum())
+    fast.uninstall(model)
+    assert found.keys() == wanted.keys()
+    assert {name: d for name in wanted if (d := distance(found[name], wanted[name])) > 1e-5} == {}
+
+
+@pytest.mark.parametrize("multiple", [1, 32])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_log_probabilities_and_gradients(config: str, multiple: int) -> None:
+    given = batch()
+    same(tiny(CONFIGS[config]()), lambda m: fused(m, given), lambda m: plain(m, given), multiple=multiple)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_nf4(tmp_path: Path, keep: bool) -> None:
+    given = batch()
+    same(tiny(CONFIGS["llama"](), tmp_path), lambda m: fused(m, given), lambda m: plain(m, given), keep_dequantized=keep)
+
+
+def test_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention row by row, head position by position."""
+    monkeypatch.setattr(fast, "SCORE_CHUNK", 1)
+    monkeypatch.setattr(fast, "HEAD_CHUNK", 1)
+    given = batch()
+    same(tiny(CONFIGS["llama"]()), lambda m: fused(m, given), lambda m: plain(m, given))
+
+
+def test_only_some_layers() -> None:
+    """q without k, up without gate: a group is what there is of it."""
+    given = batch()
+    same(tiny(CONFIGS["qwen2"](), target_modules=["q_proj", "v_proj", "up_proj"]), lambda m: fused(m, given), lambda m: plain(m, given))
+
+
+def test_gradient_checkpointing() -> None:
+    model, given = tiny(CONFIGS["llama"]()), batch()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    same(model, lambda m: fused(m, given), lambda m: plain(m, given))
+
+
+def test_rows_padded_on_the_left() -> None:
+    model, given = tiny(CONFIGS["llama"]()), batch()
+    length = given["attention_mask"].sum(1)
+    left = {k: torch.stack([row.roll(-int(n)) for row, n in zip(v, length, strict=True)]) for k, v in given.items()}
+    fast.install(model)
+    right = fused(model, given)
+    for b, row in enumerate(fused(model, left)):
+        torch.testing.assert_close(row[-(int(length[b]) - 1) :], right[b, : int(length[b]) - 1])
+
+
+def test_packed_by_trl() -> None:
+    """Rows that trl's collator laid end to end: the same values as padded rows, in its layout."""
+    model, given = tiny(CONFIGS["llama"]()), batch()
+    examples = [{"input_ids": ids, "labels": [-100] * start + ids[start:]} for ids, start in ROWS]
+    packed = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True, pad_to_multiple_of=16)(examples)
+    expected = plain(model, given)
+    fast.install(model)
+    found = fused(model, packed)
+    torch.testing.assert_close(found[found != 0], expected[expected != 0])
+
+
+def test_rows_do_not_leak() -> None:
+    """A row scores the same alone as among others; the gradient of its score is the same too."""
+    model, given = tiny(CONFIGS["llama"]()), batch()
+    fast.install(model)
+    together = fused(model, given)
+    for b in range(len(ROWS)):
+        alone = fused(model, {k: v[b : b + 1] for k, v in given.items()})
+        assert distance(alone[0], together[b]) < 1e-5
+        expected = gradients(model, alone.sum())
+        found = gradients(model, fused(model, given)[b].sum())
+        assert max(distance(found[name], expected[name]) for name in expected) < 1e-5
+
+
+def test_a_change_in_one_row_changes_no_other() -> None:
+    model, given = tiny(CONFIGS["llama"]()), batch()
+    fast.install(model)
+    before = fused(model, given)
+    given["input_ids"][1, 0] = 60  # it now shares nothing with the rest
+    after = fused(model, given)
+    others = [0, 2, 3, 4, 5]
+    torch.testing.assert_close(after[others], before[others])
+    assert not torch.allclose(after[1], before[1])
+
+
+def test_equal_beginnings_are_computed_once() -> None:
+    layout = fast.lay_out([ids for ids, _ in ROWS])
+    assert layout.used == layout.ids.shape[1] == len({tuple(ids[: i + 1]) for ids, _ in ROWS for i in range(len(ids))})
+    for (ids, _), places in zip(ROWS, layout.places, strict=True):
+        assert layout.ids[0, places].tolist() == ids
+        assert layout.positions[0, places].tolist() == list(range(len(ids)))
+    apart = fast.lay_out([ids for ids, _ in ROWS], share=False, multiple=64)
+    assert apart.used == sum(len(ids) for ids, _ in ROWS)
+    assert apart.ids.shape == (1, 64)
+
+
+def test_every_output_of_the_head() -> None:
+    """Entropy and the rest, as trl's own head gives them."""
+    model, given = tiny(CONFIGS["llama"]()), batch()
+    expected = model(**given, fused_lm_head=True, use_cache=False)
+    fast.install(model)
+    found = model(**given, fused_lm_head=True, use_cache=False)
+    for name in ("loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask"):
+        torch.testing.assert_close(found[name], expected[name], msg=name, atol=1e-5, rtol=1e-5)
+
+
+def test_no_labels_at_all() -> None:
+    model, given = tiny(CONFIGS["llama"]()), batch()
+    given["labels"].fill_(-100)
+    fast.install(model)
+    out = model(**given, fused_lm_head=True, use_cache=False)
+    assert out.loss == 0
+    out.loss.backward()
+
+
+def test_packed_logps() -> None:
+    """Per-token log p of chosen and rejected answers, their prompt computed once, against padded rows on their own."""
+    pairs = [([5, 6, 7], [8, 9, 10, 11]), ([5, 6, 7], [30, 31]), ([5, 60, 61, 62], [8]), ([5, 60, 61, 62], [70, 71, 72])]
+
+    def separate(model: Any) -> Tensor:
+        out = []
+        for prompt, answer in pairs:
+            ids = torch.tensor([prompt + answer])
+            out.append(plain(model, {"input_ids": ids, "labels": ids})[0, len(prompt) - 1 :].sum())
+        return torch.stack(out)
+
+    same(tiny(CONFIGS["llama"]()), lambda m: torch.stack([t.sum() for t in fast.packed_logps(m, pairs)]), separate)
+    with pytest.raises(ValueError, match="call install"):
+        fast.packed_logps(tiny(CONFIGS["llama"]()), pairs)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
+    raw = Tokenizer(tokenizer_models.WordLevel(words, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def logged(trainer: Any, installed: bool) -> list[dict[str, float]]:
+    if installed:
+        assert fast.install(trainer.model) == []
+    trainer.train()
+    clocks = ("runtime", "per_second", "total_flos")
+    return [{k: v for k, v in entry.items() if not any(c in k for c in clocks)} for entry in trainer.state.log_history]
+
+
+ARGUMENTS: dict[str, Any] = {
+    "max_steps": 3, "per_device_train_batch_size": 3, "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none", "use_cpu": True,
+    "bf16": False, "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False, "eval_strategy": "steps", "eval_steps": 3,
+}  # fmt: skip
+
+
+def test_a_dpo_run_logs_the_same(tmp_path: Path) -> None:
+    """Losses, rewards, log-probabilities and the rest of three steps and an evaluation of trl.DPOTrainer."""
+    data = Dataset.from_list([{"prompt": "w5 w6 w7", "chosen": f" w8 w9 w{i}", "rejected": f" w3{i % 7} w40 w41 w42"} for i in range(10, 16)])
+    histories = []
+    for installed in (False, True):
+        model = tiny(CONFIGS["llama"]())
+        del model.base_model.model.forward  # DPOTrainer sets its own head
+        config = DPOConfig(output_dir=str(tmp_path), loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5], **ARGUMENTS)
+        histories.append(logged(DPOTrainer(model, args=config, train_dataset=data, eval_dataset=data, processing_class=tokenizer()), installed))
+    assert len(histories[0]) == 5
+    for one, other in zip(*histories, strict=True):
+        assert other == pytest.approx(one, rel=2e-4, abs=1e-5)
+
+
+def test_an_sft_run_logs_the_same(tmp_path: Path) -> None:
+    data = Dataset.from_list([{"input_ids": ids, "labels": [-100] * start + ids[start:]} for ids, start in ROWS])
+    histories = []
+    for installed in (False, True):
+        model = tiny(CONFIGS["llama"]())
+        del model.base_model.model.forward
+        config = SFTConfig(output_dir=str(tmp_path), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **ARGUMENTS)
+        histories.append(logged(SFTTrainer(model, args=config, train_dataset=data, eval_dataset=data, processing_class=tokenizer()), installed))
+    assert len(histories[0]) == 5
+    for one, other in zip(*histories, strict=True):
+        assert other == pytest.approx(one, rel=2e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_bf16_is_as_close_to_float32_as_the_plain_path(seed: int) -> None:
+    """Frozen weights in bf16, adapters in float32, under autocast."""
+    given = batch()
+    model = tiny(CONFIGS["llama"](), r=16)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.bfloat16().float() if "lora_" not in name else torch.randn_like(parameter) * 0.1
+    wanted = gradients(model, (loss := -plain(model, given).sum()))
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    off: dict[str, list[float]] = {}
+    for name, score in (("plain", plain), ("fast", fused)):
+        if name == "fast":
+            assert fast.install(model) == []
+        with torch.autocast("cpu", torch.bfloat16):
+            low = -score(model, given).sum()
+        found = gradients(model, low)
+        every = [torch.cat([g[name].flatten() for name in wanted]) for g in (found, wanted)]
+        off[name] = [distance(low, loss), distance(*every)]
+    assert off["fast"][1] <= 1.5 * off["plain"][1]
+    assert off["fast"][0] <= 1.5 * off["plain"][0] or off["fast"][0] < 2**-9  # a sum: errors cancel by chance
+
+
+def test_what_is_not_covered_is_named_and_keeps_its_own_path() -> None:
+    given = batch()
+    model = tiny(Gemma2Config(**SIZES, head_dim=16, query_pre_attn_scalar=16))
+    with torch.no_grad():
+        expected = fused(model, given)
+        notes = fast.install(model)
+        assert any("gemma2" in n and "attn_logit_softcapping=50.0" in n and "final_logit_softcapping=30.0" in n for n in notes)
+        torch.testing.assert_close(fused(model, given), expected)
+    notes = fast.install(tiny(CONFIGS["llama"](), lora_dropout=0.1))
+    assert len(notes) == 2 and "14 LoRA layers keep peft's forward (lora_dropout)" in notes[0] and "not shared" in notes[1]
+    notes = fast.install(tiny(CONFIGS["llama"](), use_dora=True))
+    assert len(notes) == 1 and "variant DoraLinearVariant" in notes[0]
+    with pytest.raises(NotImplementedError, match="softcap"):
+        fast.attend(nn.Module(), *[torch.zeros(1, 1, 3, 4)] * 3, None, layout=fast.lay_out([[1, 2, 3]]), softcap=30.0)
+
+
+def test_dora_and_dropout_still_score_the_same() -> None:
+    given = batch()
+    for lora in ({"use_dora": True}, {"lora_dropout": 0.1}):
+        model = tiny(CONFIGS["llama"](), **lora).eval()
+        expected = plain(model, given)
+        fast.install(model)
+        assert distance(fused(model, given), expected) < 1e-5
+
+
+def test_without_the_adapter() -> None:
+    """As a DPO reference is computed."""
+    model, given = tiny(CONFIGS["llama"]()), batch()
+    with torch.no_grad(), model.disable_adapter():
+        expected = plain(model, given)
+        fast.install(model)
+        assert distance(fused(model, given), expected) < 1e-5
+    assert distance(fused(model, given), expected) > 1e-2
+
+
+def test_generation_is_the_same_and_uninstall_leaves_nothing() -> None:
+    model, given = tiny(CONFIGS["llama"]()).eval(), batch()
+    prompt = given["input_ids"][:, :3]
+    mask = torch.tensor([[1, 1, 1]] * 5 + [[0, 1, 1]])
+    expected = model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    forwards = [m.__dict__.get("forward") for m in model.modules()]
+    fast.install(model)
+    fast.install(model)
+    assert torch.equal(model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=8, do_sample=False), expected)
+    fast.uninstall(model)
+    assert [m.__dict__.get("forward") for m in model.modules()] == forwards
+    assert model.get_base_model().config._attn_implementation == "eager"

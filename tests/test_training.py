@@ -1,0 +1,237 @@
+"""sft, reference, dpo and merge on the tiny model: the exact quantities, not "runs"."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+
+from tasks import base as base_stage
+from tasks import chat, dpo, merge, models, records, reference, sft, training
+from tasks.params import Merge, Reference, Template, UserError
+from tests.conftest import LORA, NF4
+
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 1e-2,
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+}
+CONVERSATIONS = [
+    [{"role": "user", "content": f"What is thumb {i}?"}, {"role": "assistant", "content": f"A short thumb, number {i}." * (1 + i % 3)}]
+    for i in range(16)
+]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # checkpoints go below the current folder
+
+
+@pytest.fixture(scope="module")
+def facts(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = models.load(tiny, None)
+    path = tmp_path_factory.mktemp("facts") / "facts.json"
+    path.write_text(json.dumps(base_stage.describe(model, chat.load_tokenizer(tiny), "tiny", "none")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = chat.load_tokenizer(tiny)
+    folder = tmp_path_factory.mktemp("rows")
+    for name, part in (("train", CONVERSATIONS[:12]), ("validation", CONVERSATIONS[12:])):
+        encoded = [chat.encode(tokenizer, c, None) for c in part]
+        table = pl.DataFrame({"id": [str(i) for i in range(len(part))], "input_ids": [e[0] for e in encoded], "labels": [e[1] for e in encoded]})
+        records.write(table, folder / f"{name}.parquet")
+    return folder
+
+
+def _sft(tiny: Path, facts: Path, rows: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    out.mkdir(parents=True)
+    given = SETTINGS | changes.pop("params", {})
+    args = {"lora": LORA, "quantization": NF4, "seed": 3} | changes
+    sft.run(tiny, facts, rows, out / "adapter", out / "plots", out / "metrics.json", params=given, **args)
+    return json.loads((out / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Path, facts: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sft") / "one"
+    _sft(tiny, facts, rows, out)
+    return out
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_same_inputs_give_same_bytes_and_the_seed_matters(tiny: Path, facts: Path, rows: Path, trained: Path, tmp_path: Path) -> None:
+    result = _sft(tiny, facts, rows, tmp_path / "again")
+    assert bytes_of(tmp_path / "again") == bytes_of(trained)
+    assert result["loss_last"] < result["loss_first"]
+    _sft(tiny, facts, rows, tmp_path / "other", seed=4)
+    assert bytes_of(tmp_path / "other/adapter") != bytes_of(trained / "adapter")
+
+
+def test_plots_hold_curves_and_no_event(trained: Path) -> None:
+    plots = {str(p.relative_to(trained / "plots")) for p in (trained / "plots").rglob("*.tsv")}
+    assert {"metrics/train/loss.tsv", "metrics/eval/loss.tsv"} <= plots
+    assert not [name for name in plots if "runtime" in name or "per_second" in name]
+    lines = (trained / "plots/metrics/train/loss.tsv").read_text().splitlines()
+    assert len(lines) == 1 + 6
+    assert not (Path.cwd() / ".checkpoints").exists()
+
+
+def test_loss_is_the_mean_over_supervised_tokens_of_the_whole_batch(tiny: Path, facts: Path, rows: Path, tmp_path: Path) -> None:
+    """Accumulating twice two rows is one batch of four, though rows differ in length."""
+    whole = _sft(tiny, facts, rows, tmp_path / "whole", quantization=None, params={"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", "bf16": False})
+    parts = _sft(tiny, facts, rows, tmp_path / "parts", quantization=None, params={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential", "bf16": False})
+    assert parts["loss_first"] == pytest.approx(whole["loss_first"], rel=2e-3)
+    table = records.read(rows / "train.parquet").head(4)
+    model = models.load(tiny, None)
+    total, count = 0.0, 0
+    for ids, labels in table.select("input_ids", "labels").iter_rows():
+        at = next(i for i, label in enumerate(labels) if label != chat.IGNORED)
+        scores = models.answer_logprobs(model, [(ids[:at], ids[at:])], 1)[0]
+        total, count = total - sum(scores), count + len(scores)
+    assert whole["loss_first"] == pytest.approx(total / count, rel=2e-3)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(tiny: Path, facts: Path, rows: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(training.Watch):
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.epoch and state.epoch >= 1:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "Watch", Stop)
+        with pytest.raises(KeyboardInterrupt):
+            _sft(tiny, facts, rows, tmp_path / "broken")
+    kept = list(Path(".checkpoints").glob("sft-*/checkpoint-*"))
+    assert [p.name for p in kept] == ["checkpoint-3"]
+    _sft(tiny, facts, rows, tmp_path / "resumed")
+    assert bytes_of(tmp_path / "resumed/adapter") == bytes_of(trained / "adapter")
+    assert bytes_of(tmp_path / "resumed/plots") == bytes_of(trained / "plots")
+
+
+def test_a_changed_parameter_has_other_checkpoints(rows: Path) -> None:
+    one = training.checkpoint_folder("sft", [rows], {"learning_rate": 1.0})
+    assert one == training.checkpoint_folder("sft", [rows], {"learning_rate": 1.0})
+    assert one != training.checkpoint_folder("sft", [rows], {"learning_rate": 2.0})
+
+
+def test_not_a_number_stops_with_the_usual_causes() -> None:
+    watch = training.Watch()
+    state = type("State", (), {"global_step": 7})()
+    with pytest.raises(UserError, match="loss is nan at step 7; usual causes: learning_rate"):
+        watch.on_log(None, state, None, {"loss": math.nan})
+
+
+def test_spikes_and_overfitting_are_named() -> None:
+    watch = training.Watch()
+    state = type("State", (), {"global_step": 7})()
+    for loss in (1.0, 1.1, 0.9, 1.0, 1.0, 5.0):
+        watch.on_log(None, state, None, {"loss": loss})
+    for loss in (1.0, 0.9, 1.2):
+        watch.on_log(None, state, None, {"eval_loss": loss})
+    assert "loss spike at step 7" in watch.notes[0]
+    assert "over-fitting" in watch.notes[1]
+
+
+@pytest.fixture(scope="module")
+def scored(tiny: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    pairs = [
+        {"id": f"{i:016x}", "concept": str(i), "kind": "known", "messages": c[:1], "chosen": "Kindly, " + c[1]["content"], "rejected": c[1]["content"], "part": "train" if i < 12 else "validation"}
+        for i, c in enumerate(CONVERSATIONS)
+    ]
+    schema = {"messages": pl.List(records.MESSAGE)}
+    records.write(pl.DataFrame(pairs, schema_overrides=schema), folder / "pairs.parquet")
+    reference.run(folder / "pairs.parquet", tiny, trained / "adapter", folder / "scored.parquet", folder / "metrics.json", params=Reference(), template=Template(), quantization=NF4)
+    return folder / "scored.parquet"
+
+
+def _dpo(tiny: Path, adapter: Path, pairs: Path, out: Path, quantization: dict[str, Any] | None = NF4, **changes: Any) -> dict[str, Any]:
+    out.mkdir(parents=True)
+    given = SETTINGS | {"learning_rate": 1e-3, "beta": 0.3} | changes
+    dpo.run(tiny, adapter, pairs, out / "adapter", out / "plots", out / "metrics.json", params=given, quantization=quantization, seed=3)
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_reference_scores_are_sums_over_the_answer(tiny: Path, trained: Path, scored: Path) -> None:
+    model = models.load_adapter(models.load(tiny, NF4), trained / "adapter", trainable=False)
+    row = records.read(scored).row(0, named=True)
+    ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
+    with torch.no_grad(), torch.autocast("cpu", models.compute_dtype()):
+        logits = model(ids).logits[0].float().log_softmax(-1)
+    start = len(row["prompt_ids"])
+    wanted = sum(logits[start - 1 + i, token].item() for i, token in enumerate(row["chosen_ids"]))
+    assert row["ref_chosen_logps"] == pytest.approx(wanted, rel=2e-2)
+    assert row["chosen_ids"][-1] == model.config.eos_token_id
+
+
+def test_dpo_starts_at_log_two_learns_and_repeats(tiny: Path, trained: Path, scored: Path, tmp_path: Path) -> None:
+    one = _dpo(tiny, trained / "adapter", scored, tmp_path / "one")
+    assert one["loss_first"] == pytest.approx(math.log(2), abs=0.03)
+    assert one["loss_last"] < one["loss_first"]
+    assert one["rewards_accuracies"] > 0.5
+    assert one["kl_to_reference"] > 0
+    _dpo(tiny, trained / "adapter", scored, tmp_path / "two")
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    assert bytes_of(tmp_path / "one/adapter") != bytes_of(trained / "adapter")
+    assert "metrics/eval/kl_to_reference.tsv" in bytes_of(tmp_path / "one/plots")
+
+
+def test_dpo_leaves_only_the_adapter_trainable(tiny: Path, trained: Path, scored: Path, tmp_path: Path) -> None:
+    metrics = _dpo(tiny, trained / "adapter", scored, tmp_path / "one", num_train_epochs=1)
+    adapter = models.load_adapter(models.load(tiny, None), trained / "adapter", trainable=True)
+    assert metrics["trainable_parameters"] == sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+
+
+def test_a_foreign_reference_is_refused(tiny: Path, facts: Path, rows: Path, scored: Path, tmp_path: Path) -> None:
+    _sft(tiny, facts, rows, tmp_path / "other", seed=9, params={"num_train_epochs": 4})
+    with pytest.raises(UserError, match="not those of this policy"):
+        _dpo(tiny, tmp_path / "other/adapter", scored, tmp_path / "dpo")
+
+
+def test_collapse_of_chosen_logprobs_stops() -> None:
+    watch = dpo.Watch()
+    state = type("State", (), {"global_step": 50})()
+    args = type("Args", (), {"beta": 0.1})()
+    watch.on_log(args, state, None, {"rewards/chosen": -4.0})
+    with pytest.raises(UserError, match="chosen log-probabilities collapse: 40 nats below"):
+        watch.on_log(args, state, None, {"rewards/chosen": -4.0})
+
+
+def test_merge_measures_both_and_keeps_the_closer(tiny: Path, trained: Path, rows: Path, tmp_path: Path) -> None:
+    merge.run(tiny, trained / "adapter", rows, tmp_path / "model", tmp_path / "metrics.json", params=Merge(max_kl=1.0), quantization=NF4)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["kept"] == "dequantized"
+    assert found["candidates"]["dequantized"]["kl"] < found["candidates"]["16bit"]["kl"]
+    listed = sorted(p.name for p in (tmp_path / "model").iterdir())
+    assert listed == ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    reloaded = models.load(tmp_path / "model", None)
+    again = models.load_merged(tiny, trained / "adapter", NF4)
+    assert all(torch.equal(a, b) for a, b in zip(reloaded.parameters(), again.parameters(), strict=True))
+    assert "quantization_config" not in json.loads((tmp_path / "model/config.json").read_text())
+
+
+def test_merge_fails_above_its_limit(tiny: Path, trained: Path, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="more than merge.max_kl"):
+        merge.run(tiny, trained / "adapter", rows, tmp_path / "model", tmp_path / "metrics.json", params=Merge(max_kl=0.0), quantization=NF4)
+    assert not (tmp_path / "model").exists()
+
+
+def test_kl_of_a_distribution_to_itself_is_zero() -> None:
+    some = [torch.randn(3, 11, generator=torch.Generator().manual_seed(0)).log_softmax(-1)]
+    other = [torch.randn(3, 11, generator=torch.Generator().manual_seed(1)).log_softmax(-1)]
+    assert merge.compare(some, some) == {"kl": 0.0, "top1": 1.0}
+    wanted = torch.nn.functional.kl_div(other[0], some[0], log_target=True, reduction="batchmean")
+    assert merge.compare(some, other)["kl"] == pytest.approx(float(wanted), abs=1e-5)
