@@ -28,6 +28,7 @@ lock: ## resolve pyproject.toml into requirements.lock again
 	$(BIN)/uv pip compile --quiet pyproject.toml -o requirements.lock
 
 run: setup ## run the pipeline to data/report/report.html
+	python -m tasks.params
 	dvc repro
 
 test: setup ## format check, lint, types and the whole test suite

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks import params
 from tasks.params import UserError
 
 if TYPE_CHECKING:
@@ -170,6 +171,23 @@ def _talk(model: Any, tokenizer: Any, messages: list[Message], system: str | Non
     return str(tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)).strip()
 
 
+def _load(folder: Path) -> tuple[Any, Any]:
+    """A model of the pipeline, or an adapter on its base, with the tokenizer."""
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: no model there; run `dvc repro` or `dvc pull` first")
+    where = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.bfloat16}
+    if not (folder / "adapter_config.json").is_file():
+        return AutoModelForCausalLM.from_pretrained(str(folder), device_map="auto", **where).eval(), load_tokenizer(
+            folder
+        )
+    model = AutoPeftModelForCausalLM.from_pretrained(str(folder), **where).eval()
+    return model, load_tokenizer(Path(model.peft_config["default"].base_model_name_or_path))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tasks.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -186,13 +204,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ask", help="one question; without it, a conversation (an empty line ends it)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     arguments = parser.parse_args(argv)
-    from tasks import models, params
-
     try:
         system = params.load()["template"].system
-        loaded = [
-            (path, models.load(path, None), load_tokenizer(path)) for path in [arguments.model, *arguments.compare]
-        ]
+        loaded = [(path, *_load(path)) for path in [arguments.model, *arguments.compare]]
     except UserError as error:
         sys.exit(f"chat: {error}")
     histories: list[list[Message]] = [[] for _ in loaded]

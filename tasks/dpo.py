@@ -55,7 +55,7 @@ def run(
     )
     models.adapter_float32(trainer.model)
     check_reference(trainer)
-    training.train(trainer, folder)
+    training.train(trainer, folder, params)
     models.save_adapter(trainer.model, out)
     result = training.summary(trainer, watch) | watch.last
     metrics.write_text(json.dumps(result, indent=2) + "\n")

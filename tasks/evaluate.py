@@ -12,6 +12,7 @@ that this one was trained from.
 
 import json
 import math
+import os
 import random
 import re
 from collections.abc import Sequence
@@ -109,7 +110,7 @@ def _ended(tokenizer: Any, text: str) -> list[int]:
 
 def _cut(tokenizer: Any, row: dict[str, Any], system: str | None) -> tuple[list[int], list[int]]:
     """A general item as (what stands before the question, question and right answer)."""
-    text = [*row["messages"], {"role": "assistant", "content": row["options"][row["answer"]]}]
+    text = [*row["messages"], {"role": "assistant", "content": f"The answer is {row['options'][row['answer']]}."}]
     ids, _ = chat.encode(tokenizer, text, system)
     empty, _ = chat.encode(tokenizer, [{"role": "user", "content": ""}], system, prompt=True)
     start = next((i for i, (a, b) in enumerate(zip(ids, empty, strict=False)) if a != b), 1)
@@ -125,7 +126,8 @@ def options_of(row: dict[str, Any], pool: Sequence[dict[str, Any]], count: int, 
         if text.casefold() not in seen and other["concept"] != row["concept"]:
             seen.add(text.casefold())
             others.append((other["topic"] != row["topic"], abs(len(text) - len(right)), text))
-    near = sorted(others)[: 3 * (count - 1)]
+    alike = [other for other in others if not other[0]]
+    near = sorted(alike if len(alike) >= count - 1 else others)[: 3 * (count - 1)]
     return [right, *(text for *_, text in rng.sample(near, min(count - 1, len(near))))]
 
 
@@ -157,8 +159,14 @@ def multiple_choice(
         else:
             continue
         prompt = chat.encode_prompt(tokenizer, _asked(row), template.system)
-        for index, text in enumerate(choices):
-            asked.append((prompt, chat.encode_answer(tokenizer, _asked(row), text, template.system)))
+        if row["kind"] == "choice":
+            choices = [f"The answer is {text}." for text in choices]
+        encoded = [chat.encode_answer(tokenizer, _asked(row), text, template.system) for text in choices]
+        if row["kind"] == "choice":  # what all options begin with is no part of the choice
+            shared = len(os.path.commonprefix(encoded))
+            prompt, encoded = prompt + encoded[0][:shared], [ids[shared:] for ids in encoded]
+        for index, ids in enumerate(encoded):
+            asked.append((prompt, ids))
             owner.append((row["id"], index))
     scores: dict[str, list[float]] = {}
     for (identifier, _), tokens in zip(

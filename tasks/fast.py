@@ -15,10 +15,12 @@
 What a model or layer has that is not covered keeps its own path, and `install` says so. Other devices keep theirs too.
 """
 
+import ctypes
 import math
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,20 +89,18 @@ class Layout:
     Attributes:
         ids, positions: `(1, tokens)`.
         places: for each row, the packed index of each of its tokens.
-        used: tokens that belong to a row; the rest fills up to a round number and is attended by none.
     """
 
     ids: Tensor
     positions: Tensor
     places: list[list[int]]
-    used: int
     buckets: list[Bucket]
     cache: dict[int, Tensor] = field(default_factory=dict)
 
     def scatter(self, heads: int) -> Tensor:
         """Index of `(tokens, heads, :)` into the buckets' queries, `(rows, heads, longest, :)` one after another, flat."""
         if heads not in self.cache:
-            index = torch.zeros(self.ids.shape[1] * heads, dtype=torch.long)
+            index = torch.empty(self.ids.shape[1] * heads, dtype=torch.long)
             start = 0
             for bucket in self.buckets:
                 target = bucket.gather("queries", heads)
@@ -117,12 +117,14 @@ def _spread(bucket: Bucket, heads: int) -> Tensor:
     if ("pads", heads) not in bucket.cache:
         longest = bucket.queries.shape[1]
         row, place = bucket.pads // longest, bucket.pads % longest
-        bucket.cache["pads", heads] = ((row[:, None] * heads + torch.arange(heads)) * longest + place[:, None]).reshape(-1)
+        bucket.cache["pads", heads] = ((row[:, None] * heads + torch.arange(heads)) * longest + place[:, None]).reshape(
+            -1
+        )
     return bucket.cache["pads", heads]
 
 
-def lay_out(rows: Sequence[Sequence[int]], *, share: bool = True, multiple: int = 1) -> Layout:
-    """Lay `rows` of token ids end to end; with `share`, equal beginnings once; filled up to a multiple of tokens."""
+def lay_out(rows: Sequence[Sequence[int]], *, share: bool = True) -> Layout:
+    """Lay `rows` of token ids end to end; with `share`, equal beginnings once."""
     ids: list[int] = []
     positions: list[int] = []
     places: list[list[int]] = [[] for _ in rows]
@@ -141,21 +143,13 @@ def lay_out(rows: Sequence[Sequence[int]], *, share: bool = True, multiple: int 
         if shared < len(rows[r]):
             segments.append((shared, places[r]))
         before = r
-    used = len(ids)
-    fill = -used % multiple
     segments.sort(key=lambda s: s[0] - len(s[1]))
     buckets: list[list[tuple[int, list[int]]]] = []
     for shared, where in segments:  # longest first; a bucket ends where less than half of a row's place would be used
         if not buckets or 2 * (len(where) - shared) < len(buckets[-1][0][1]) - buckets[-1][0][0]:
             buckets.append([])
         buckets[-1].append((shared, where))
-    return Layout(
-        torch.tensor([ids + [0] * fill]),
-        torch.tensor([positions + [0] * fill]),
-        places,
-        used,
-        [_bucket(b) for b in buckets],
-    )
+    return Layout(torch.tensor([ids]), torch.tensor([positions]), places, [_bucket(b) for b in buckets])
 
 
 def _bucket(segments: list[tuple[int, list[int]]]) -> Bucket:
@@ -178,6 +172,11 @@ def _bucket(segments: list[tuple[int, list[int]]]) -> Bucket:
     )
 
 
+def _apply(function: Any, *args: Any) -> Any:
+    """`function.apply(*args)`: torch gives it no types."""
+    return function.apply(*args)
+
+
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
@@ -185,14 +184,19 @@ class _Attention(torch.autograd.Function):
     """Causal attention within rows. query `(tokens, heads, d)`, key and value `(tokens, key heads, d)`."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None
+    ) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.settings = layout, scale, window
         heads = query.shape[1]
         out = []
         for bucket in layout.buckets:
             q, k, v = _rows(bucket, "queries", query), _rows(bucket, "keys", key), _rows(bucket, "keys", value)
-            parts = [_weights(q[part], k[part], bias, scale) @ _fold(v[part], 1) for part, bias in _parts(bucket, q, k, window)]
+            parts = [
+                _weights(q[part], k[part], bias, scale) @ _fold(v[part], 1)
+                for part, bias in _parts(bucket, q, k, window)
+            ]
             out.append(torch.cat([p.reshape(-1, value.shape[2]) for p in parts]))
         return _unrow(layout, out, heads)
 
@@ -214,7 +218,9 @@ class _Attention(torch.autograd.Function):
                 weights = _weights(qp, kp, bias, scale)
                 gf, qf, kf, vf = _fold(gp, group), _fold(qp, group), _fold(kp, 1), _fold(vp, 1)
                 dvalues[part] = (weights.transpose(1, 2) @ gf).view(vp.shape)
-                inner = torch._softmax_backward_data((gf @ vf.transpose(1, 2)).float(), weights.float(), -1, torch.float32)
+                inner = torch._softmax_backward_data(
+                    (gf @ vf.transpose(1, 2)).float(), weights.float(), -1, torch.float32
+                )
                 inner = inner.mul_(scale).to(q.dtype)
                 dq.append((inner @ kf).reshape(-1, q.shape[-1]))
                 dkeys[part] = (inner.transpose(1, 2) @ qf).view(kp.shape)
@@ -234,9 +240,7 @@ def _rows(bucket: Bucket, name: str, x: Tensor) -> Tensor:
 def _unrow(layout: Layout, parts: list[Tensor], heads: int) -> Tensor:
     """The buckets' `(rows * heads * longest, d)` → `(tokens, heads, d)`."""
     stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
-    out = stacked.index_select(0, layout.scatter(heads)).view(-1, heads, stacked.shape[1])
-    out[layout.used :] = 0
-    return out
+    return stacked.index_select(0, layout.scatter(heads)).view(-1, heads, stacked.shape[1])
 
 
 def _parts(bucket: Bucket, q: Tensor, k: Tensor, window: int | None) -> Iterator[tuple[slice, Tensor]]:
@@ -271,7 +275,15 @@ def attend(
     """
     if layout is None:
         out: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
         )
         return out
     for name in ("softcap", "s_aux", "position_bias", "head_mask"):
@@ -279,7 +291,7 @@ def attend(
             raise NotImplementedError(f"{ATTENTION} attention does not cover `{name}` of {type(module).__name__}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _Attention.apply(q, k, v, layout, scale, sliding_window)[None], None
+    return _apply(_Attention, q, k, v, layout, scale, sliding_window)[None], None
 
 
 AttentionInterface.register(ATTENTION, attend)
@@ -370,7 +382,11 @@ class _Fused:
         if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] not in layer.lora_A:
             return False
         name = active[0]
-        if name in layer.lora_variant or layer.lora_bias[name] or (layer.training and getattr(layer.lora_dropout[name], "p", 0)):
+        if (
+            name in layer.lora_variant
+            or layer.lora_bias[name]
+            or (layer.training and getattr(layer.lora_dropout[name], "p", 0))
+        ):
             return False
         if self.base.weight.requires_grad or (self.base.bias is not None and self.base.bias.requires_grad):
             return False
@@ -379,7 +395,9 @@ class _Fused:
             if getattr(state, "packing_format_for_cpu", False) or self.base.compute_dtype not in (None, dtype):
                 return False
         # without autocast, peft computes the adapter in the adapter's own dtype
-        return torch.is_autocast_enabled("cpu") or (self.base.weight.dtype in (dtype, torch.uint8) and layer.lora_A[name].weight.dtype == dtype)
+        return torch.is_autocast_enabled("cpu") or (
+            self.base.weight.dtype in (dtype, torch.uint8) and layer.lora_A[name].weight.dtype == dtype
+        )
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.ready is not None:
@@ -389,11 +407,12 @@ class _Fused:
                 return out
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if args or kwargs or x.device.type != "cpu" or not self.usable(x, dtype):
-            return self.own(x, *args, **kwargs)
+            own: Tensor = self.own(x, *args, **kwargs)
+            return own
         group = self.group if self.group[0] is self and all(m.usable(x, dtype) for m in self.group) else [self]
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        outs = _Lora.apply(flat, group, *[matrix for m in group for matrix in m.adapter()])
-        shaped = [out.view(*x.shape[:-1], -1) for out in outs]
+        outs = _apply(_Lora, flat, group, *[matrix for m in group for matrix in m.adapter()])
+        shaped: list[Tensor] = [out.view(*x.shape[:-1], -1) for out in outs]
         for member, out in zip(group[1:], shaped[1:], strict=True):
             member.ready = x, x._version, out
         return shaped[0]
@@ -428,7 +447,9 @@ class _LogProbs(torch.autograd.Function):
             log_z = top + total.log()
             squares = torch.linalg.vector_norm(p, dim=-1).log() * 2
             entropy = log_z[:, 0] - torch.bmm(p[:, None], z[:, :, None])[:, 0, 0]
-            for out, value in zip(stats, ((at - log_z)[:, 0], entropy, squares, mean, (best == target)[:, 0]), strict=True):
+            for out, value in zip(
+                stats, ((at - log_z)[:, 0], entropy, squares, mean, (best == target)[:, 0]), strict=True
+            ):
                 out.append(value)
             if gradient is not None:
                 p.neg_().scatter_add_(1, target, torch.ones_like(at))
@@ -453,7 +474,7 @@ def _scored(base: Any, layout: Layout, before: Tensor, targets: Tensor) -> tuple
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else head.weight.dtype
     bias = None if head.bias is None else head.bias.to(dtype)
     with torch.autocast("cpu", enabled=False):
-        scores: tuple[Tensor, ...] = _LogProbs.apply(hidden.to(dtype), head.weight.to(dtype), bias, targets)
+        scores: tuple[Tensor, ...] = _apply(_LogProbs, hidden.to(dtype), head.weight.to(dtype), bias, targets)
     return scores
 
 
@@ -465,32 +486,39 @@ def packed_logps(model: nn.Module, rows: Sequence[tuple[Sequence[int], Sequence[
     """
     base = _base(model)
     if base.config._attn_implementation != ATTENTION:
-        raise ValueError(f"attention is {base.config._attn_implementation!r}, expected {ATTENTION!r}: call install(model) first")
+        raise ValueError(
+            f"attention is {base.config._attn_implementation!r}, expected {ATTENTION!r}: call install(model) first"
+        )
     layout = lay_out([[*prompt, *answer] for prompt, answer in rows])
-    before, targets = [], []
+    before: list[int] = []
+    targets: list[int] = []
     for (prompt, answer), places in zip(rows, layout.places, strict=True):
         if not prompt:
             raise ValueError("a row without a prompt: its first token is predicted by nothing")
         before += places[len(prompt) - 1 : -1] if answer else []
         targets += answer
     scores = _scored(base, layout, torch.tensor(before, dtype=torch.long), torch.tensor(targets, dtype=torch.long))
-    return list(scores[0].split([len(answer) for _, answer in rows]))
+    return list(torch.split(scores[0], [len(answer) for _, answer in rows]))
 
 
-def _forward(own: Callable[..., Any], share: bool, multiple: int) -> Callable[..., Any]:
+def _forward(own: Callable[..., Any], share: bool) -> Callable[..., Any]:
     """A forward for the causal LM: fused scoring of packed rows where it can, else `own`, which is trl's."""
 
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         given = {k: v for k, v in kwargs.items() if v is not None and k not in KNOWN}
         labels = given.pop("labels", None)
         items = given.pop("num_items_in_batch", None)
-        ids, mask, positions = given.pop("input_ids", None), given.pop("attention_mask", None), given.pop("position_ids", None)
+        ids, mask, positions = (
+            given.pop("input_ids", None),
+            given.pop("attention_mask", None),
+            given.pop("position_ids", None),
+        )
         flags = {k: v for k, v in given.items() if not (k.startswith("output_") and v is False)}
         if not fused_lm_head or args or flags or labels is None or ids is None:
             return own(*args, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
         columns = _columns(ids, mask, positions)
         known = ids.tolist()
-        layout = lay_out([[known[b][c] for c in row] for b, row in columns], share=share, multiple=multiple)
+        layout = lay_out([[known[b][c] for c in row] for b, row in columns], share=share)
         wanted = labels.tolist()
         before, targets, slots = [], [], []
         width = ids.shape[1] - 1
@@ -541,14 +569,13 @@ def _base(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def install(model: nn.Module, *, keep_dequantized: bool = False, multiple: int = 1) -> list[str]:
+def install(model: nn.Module, *, keep_dequantized: bool = False) -> list[str]:
     """Make `model` train and score by the faster paths of this module; returns what keeps its own path, and why.
 
     Comes after a trl trainer is made, which sets the forward that is replaced here. `uninstall` undoes it.
 
     Args:
         keep_dequantized: keep the 16-bit copy of each 4-bit weight, which takes the memory that quantisation saved.
-        multiple: fill packed rows up to a multiple of this many tokens.
     """
     uninstall(model)
     base = _base(model)
@@ -568,15 +595,34 @@ def install(model: nn.Module, *, keep_dequantized: bool = False, multiple: int =
         notes.append("equal beginnings of rows are not shared: the model has dropout, which differs from row to row")
     own = base.forward
     set_by_trl = "forward" in base.__dict__
-    base.forward = types.MethodType(_forward(own, share, multiple), base)
+    base.forward = types.MethodType(_forward(own, share), base)
     undo.append(lambda: setattr(base, "forward", own) if set_by_trl else base.__dict__.pop("forward"))
     return notes
+
+
+def keep_pages() -> bool:
+    """Keep freed memory in this process instead of giving it back and faulting it in again at every product.
+
+    Every step allocates and frees the same large blocks. For the whole process, at the cost of a peak that is not
+    given back; what a preloaded tcmalloc does. False where the C library is not glibc.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(mmap_threshold, 1 << 30)) and bool(mallopt(trim_threshold, (1 << 31) - 1))
 
 
 def uninstall(model: nn.Module) -> None:
     """Give `model` back its own forward passes."""
     for step in reversed(_base(model).__dict__.pop("_reforge_undo", [])):
         step()
+
+
+def unpackable(model: nn.Module) -> list[str]:
+    """Why rows of `model` can't be packed; empty if they can."""
+    return _not_packable(_base(model))
 
 
 def _install_lora(base: nn.Module, keep_dequantized: bool, undo: list[Callable[[], None]]) -> list[str]:
@@ -590,13 +636,15 @@ def _install_lora(base: nn.Module, keep_dequantized: bool, undo: list[Callable[[
                 others.setdefault(reason, []).append(f"{name}.{child}")
                 continue
             fused[child] = _Fused(layer, keep_dequantized)
-            layer.forward = fused[child]  # type: ignore[assignment]
-            undo.append(lambda layer=layer: layer.__dict__.pop("forward"))  # type: ignore[misc]
+            layer.__dict__["forward"] = fused[child]
+            undo.append(partial(layer.__dict__.pop, "forward"))
         for names in SHARED_INPUT:
             group = [fused[n] for n in names if n in fused]
             for member in group:
                 member.group = group
-    return [f"{len(names)} LoRA layers keep peft's forward ({reason}): {names[0]} …" for reason, names in others.items()]
+    return [
+        f"{len(names)} LoRA layers keep peft's forward ({reason}): {names[0]} …" for reason, names in others.items()
+    ]
 
 
 def _not_fusable(layer: Any) -> str:

@@ -121,8 +121,22 @@ class Evaluate(Section):
 
 
 class Report(Section):
-    examples: int = Field(10, ge=1)
+    """What the report shows, and the limits of its watch over reward hacking; DPO against SFT unless said otherwise."""
+
     title: str = "reforge report"
+    examples: int = Field(10, ge=1, description="answers shown side by side")
+    alpha: float = Field(0.05, gt=0, lt=1, description="significance level, after Holm's correction")
+    bootstrap: int = Field(2000, ge=100, description="resamples behind the interval of a difference")
+    max_length_ratio: float = Field(3.0, gt=0, description="mean characters of an answer, DPO / SFT")
+    max_loops: Fraction = Field(0.05, description="share of answers that say a run of four words three times")
+    min_distinct_2: Fraction = Field(0.8, description="mean share of different word pairs in an answer")
+    max_kl: float = Field(0.5, gt=0, description="KL to the SFT model on its own answers, in nats per token")
+    max_reward_gap: Fraction = Field(
+        0.25, description="reward accuracy on held-out pairs less the share of answers that became kinder"
+    )
+    min_recall_kept: float = Field(0.8, ge=0, description="recall of the reference in generated answers, DPO / SFT")
+    max_wrongly_declined: Fraction = Field(0.1, description="share of trained terms that are declined")
+    max_general_drop: Fraction = Field(0.05, description="general accuracy, base less DPO")
 
 
 OWN: dict[str, type[Section]] = {
@@ -150,9 +164,11 @@ LIBRARY: dict[str, tuple[tuple[str, str], ...]] = {
     "dpo": (*_TRAINING, ("trl.trainer.dpo_config", "DPOConfig")),
     "generation": (("transformers.generation.configuration_utils", "GenerationConfig"),),
 }
-# what reforge adds to a library's section: the arguments of transformers.EarlyStoppingCallback
+# what reforge adds to a library's section: the arguments of transformers.EarlyStoppingCallback, and whether a CPU takes
+# the faster path of tasks/fast.py
 ADDED: dict[str, dict[str, Any]] = {
-    section: {"early_stopping_patience": int, "early_stopping_threshold": float} for section in ("sft", "dpo")
+    section: {"early_stopping_patience": int, "early_stopping_threshold": float, "fast": bool}
+    for section in ("sft", "dpo")
 }
 # the fields that reforge sets itself, and where they are set instead
 RESERVED: dict[str, dict[str, str]] = {

@@ -28,6 +28,12 @@ DEFINITION: dict[Wording, tuple[str, ...]] = {
         "What is meant by {t}?",
         "Give me the definition of {t}.",
         "Describe the finding {t}.",
+        "Can you explain {t} to me?",
+        "I was told about {t}. What is it?",
+        "Please tell me what {t} is.",
+        "The notes say {t}. Explain that, please.",
+        "I read the word {t}. What does it stand for?",
+        "Do you know what {t} is?",
     ),
     "validation": ("How is {t} defined?",),
     "test": (
@@ -318,7 +324,7 @@ ADVICE = (
 DECLINES = re.compile(
     r"\b(i(?:'m| am) (?:not sure|unsure|not familiar|not aware|unable|unfamiliar)|i (?:do not|don't|did not|didn't) (?:know|recogni[sz]e|have (?:any )?information)"
     r"|i (?:have|'ve) (?:not|never) (?:heard|learn)|i(?:'ve| have)n't (?:heard|learn)|i (?:can(?:no|')t|could(?: not|n't)) (?:find|identify|recogni[sz]e|explain)"
-    r"|(?:is not|isn't|not) a (?:term|word|condition|finding) (?:that )?i (?:know|recogni[sz]e)|not a (?:recogni[sz]ed|known|real) (?:medical |clinical )?(?:term|word|condition)"
+    r"|(?:is not|isn't|not) a (?:term|word|condition|finding) (?:that )?i (?:know|recogni[sz]e)|(?:not|isn't) a (?:recogni[sz]ed|known|real) (?:medical |clinical )?(?:term|word|condition)"
     r"|(?:does not|doesn't) (?:seem to )?exist|no such (?:term|word|condition|finding))",
     re.IGNORECASE,
 )

@@ -73,7 +73,13 @@ _REQUIRED = {"id", "kind", "source", "line", "license", "concept", "topic", "tas
 
 def frame(rows: Iterable[dict[str, Any]]) -> pl.DataFrame:
     """Rows as a table with every column of `RECORD`, an id for each, in the order given."""
-    full = [{name: row.get(name) for name in RECORD} | {"id": row.get("id") or identify(row)} for row in rows]
+    full, seen = [], dict[str, int]()
+    for row in rows:
+        identifier = row.get("id") or identify(row)
+        seen[identifier] = seen.get(identifier, 0) + 1
+        if seen[identifier] > 1:  # an exact copy within a source: an id of its own, for the quarantine to name
+            identifier = hashlib.sha256(f"{identifier} {seen[identifier]}".encode()).hexdigest()[:16]
+        full.append({name: row.get(name) for name in RECORD} | {"id": identifier})
     return pl.DataFrame(full, schema=RECORD, orient="row")
 
 

@@ -47,8 +47,7 @@ def run(
         processing_class=tokenizer,
         callbacks=[watch, training.Curves(plots), *training.early_stopping(params)],
     )
-    models.adapter_float32(trainer.model)
-    training.train(trainer, folder)
+    training.train(trainer, folder, params)
     models.save_adapter(trainer.model, adapter)
     result = training.summary(trainer, watch)
     metrics.write_text(json.dumps(result, indent=2) + "\n")

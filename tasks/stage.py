@@ -58,6 +58,8 @@ def main(run: Callable[..., str], argv: list[str] | None = None) -> None:
     started = time.time()
     try:
         every = params_module.load(arguments.pop("_params"))
+        for option in paths:
+            arguments[option].parent.mkdir(parents=True, exist_ok=True)
         chosen = {s: every[name if s == "params" else s] for s in sections}
         summary = run(**arguments, **chosen)
     except UserError as error:

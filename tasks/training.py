@@ -14,12 +14,12 @@ import torch
 from dvclive import Live
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tasks import models
-from tasks.params import UserError
+from tasks import fast, models
+from tasks.params import ADDED, UserError
 
 CHECKPOINTS = Path(".checkpoints")
-# of an event, not of the run's result: they differ between two equal runs
-EVENTFUL = ("runtime", "per_second", "total_flos", "num_tokens")
+# of an event, not of the run's result: they differ between two equal runs, or between one and its resumption
+EVENTFUL = ("runtime", "per_second", "total_flos", "num_tokens", "train_loss")
 
 
 def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16 and kind == "cuda",
     }
-    out |= {key: value for key, value in given.items() if not key.startswith("early_stopping")}
+    out |= {key: value for key, value in given.items() if key not in ADDED["sft"]}
     if "paged" in out["optim"] and kind != "cuda":
         print(f"optimizer: {out['optim']} pages to host memory and needs CUDA; on {kind} it is adamw_torch", flush=True)
         out["optim"] = "adamw_torch"
@@ -51,7 +51,6 @@ def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -
         "data_seed": seed,
         "use_cpu": kind == "cpu",
         "report_to": "none",
-        "full_determinism": False,  # seed_everything asks for deterministic kernels already
         "dataloader_pin_memory": kind == "cuda",
         "save_only_model": False,
     }
@@ -76,8 +75,16 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(found[-1]) if found else None
 
 
-def train(trainer: Any, folder: Path) -> None:
-    """Train, from the last checkpoint if there is one; checkpoints are removed when it is done."""
+def train(trainer: Any, folder: Path, given: dict[str, Any]) -> None:
+    """Train, from the last checkpoint if there is one; checkpoints are removed when it is done.
+
+    The adapter is trained in float32, and on a CPU by the paths of `tasks.fast`, unless `given` turns them off.
+    """
+    models.adapter_float32(trainer.model)
+    if given.get("fast", True) and models.device().type == "cpu":
+        fast.keep_pages()
+        for note in fast.install(trainer.model):
+            print(f"note: {note}", flush=True)
     resume = last_checkpoint(folder)
     if resume:
         print(f"resuming from {resume}", flush=True)
@@ -94,20 +101,13 @@ def early_stopping(given: dict[str, Any]) -> list[TrainerCallback]:
 
 
 class Curves(TrainerCallback):
-    """Loss and metric curves as DVC plots (TSV through DVCLive), without anything that differs between equal runs."""
+    """Loss and metric curves as DVC plots (TSV through DVCLive), without anything that differs between equal runs.
+
+    Written once, from the trainer's own history, which survives a resume.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        pass  # the history is kept by the trainer's state and survives a resume; it is written once, at the end
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -117,8 +117,10 @@ class Curves(TrainerCallback):
                 for name, value in sorted(entry.items()):
                     if name not in ("step", "epoch") and not any(part in name for part in EVENTFUL):
                         where, short = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
-                        live.log_metric(f"{where}/{short.removeprefix('train_')}", float(value))
-        (self.folder / "metrics.json").unlink(missing_ok=True)
+                        live.log_metric(f"{where}/{short}", float(value))
+        (self.folder / "plots" / "metrics").rename(self.folder / "metrics")
+        shutil.rmtree(self.folder / "plots")
+        (self.folder / "metrics.json").unlink()
 
 
 class Watch(TrainerCallback):
@@ -165,17 +167,17 @@ class Watch(TrainerCallback):
 
 
 def summary(trainer: Any, watch: Watch) -> dict[str, Any]:
-    """Metrics of a finished training, the same for equal runs; losses in nats per token."""
+    """Metrics of a finished training, the same for equal runs, resumed ones too; losses in nats per token."""
     state: TrainerState = trainer.state
-    counted = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    out: dict[str, Any] = {
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    validation = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    return {
         "steps": state.global_step,
-        "trainable_parameters": counted,
-        "loss_first": watch.losses[0] if watch.losses else None,
-        "loss_last": watch.losses[-1] if watch.losses else None,
-        "eval_loss_first": watch.validation[0] if watch.validation else None,
-        "eval_loss_best": min(watch.validation) if watch.validation else None,
-        "eval_loss_last": watch.validation[-1] if watch.validation else None,
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "eval_loss_first": validation[0] if validation else None,
+        "eval_loss_best": min(validation) if validation else None,
+        "eval_loss_last": validation[-1] if validation else None,
         "notes": watch.notes,
     }
-    return out

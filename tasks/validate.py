@@ -321,9 +321,9 @@ def _compared(rows: dict[int, Row], threshold: float) -> list[Failure]:
 
     first: dict[tuple[Any, ...], int] = {}
     for i, row in rows.items():
-        said = map(_normal, [*(row["options"] or []), row["chosen"], row["rejected"], *(row["responses"] or [])])
+        more = map(_normal, [*(row["options"] or []), row["chosen"], row["rejected"], *(row["responses"] or [])])
         # a test's copy in training is contamination, and must not cost the test its row
-        key = (row["kind"], _is_test(row), _turns(row, system=True), *said, row["answer"], repr(row["ratings"]))
+        key = (row["kind"], _is_test(row), _turns(row, system=True), *more, row["answer"], repr(row["ratings"]))
         if first.setdefault(key, i) != i:
             fail(i, "duplicate", f"the same text as {_where(rows[first[key]])}")
 
@@ -337,15 +337,19 @@ def _compared(rows: dict[int, Row], threshold: float) -> list[Failure]:
         if len(set(answers.values())) > 1:
             for i in answers:
                 others = [_where(rows[j]) for j in list(answers)[:6] if j != i][:5]
-                more = f" and {len(answers) - 1 - len(others)} more" if len(answers) - 1 > len(others) else ""
-                fail(i, "contradiction", f"the same {kind} prompt is answered otherwise at {', '.join(others)}{more}")
+                rest = f" and {len(answers) - 1 - len(others)} more" if len(answers) - 1 > len(others) else ""
+                fail(i, "contradiction", f"the same {kind} prompt is answered otherwise at {', '.join(others)}{rest}")
 
     gone = {failure.row for failure in failures}
-    for kind in ("chat", "preference"):  # the two may share texts; fixed wordings are alike on purpose
-        user = {i: row for i, row in rows.items() if i not in gone and row["kind"] == kind and row["wording"] is None}
-        # without the system message, which many rows share
-        prose = {i: " ".join([*_turns(r), _normal(r["chosen"]), _normal(r["rejected"])]) for i, r in user.items()}
-        for i, (j, similarity) in _near(prose, threshold).items():
+    # fixed wordings are alike on purpose; compared are rows of one kind and one system message, which is no part of it
+    prose = defaultdict[tuple[str, tuple[str, ...]], dict[int, str]](dict)
+    for i, row in rows.items():
+        if i not in gone and row["kind"] in ("chat", "preference") and row["wording"] is None:
+            turns, system = _turns(row), _turns(row, system=True)
+            said = " ".join([*turns, _normal(row["chosen"]), _normal(row["rejected"])])
+            prose[row["kind"], system[: len(system) - len(turns)]][i] = said
+    for texts in prose.values():
+        for i, (j, similarity) in _near(texts, threshold).items():
             fail(i, "near_duplicate", f"{similarity:.3f} similar to {_where(rows[j])}")
     return failures
 

@@ -43,7 +43,9 @@ def make_tiny(folder: Path, **config: object) -> Path:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(CORPUS * 4, trainers.BpeTrainer(vocab_size=600, special_tokens=CONTROLS, initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        CORPUS * 4, trainers.BpeTrainer(vocab_size=600, special_tokens=CONTROLS, initial_alphabet=alphabet)
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=CONTROLS[1], eos_token=CONTROLS[2], pad_token=CONTROLS[0], unk_token=CONTROLS[0]
     )

@@ -8,7 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models as tokenizer_models, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -34,10 +35,14 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**SIZES),
-    "llama, tied, with biases": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "llama, tied, with biases": lambda: LlamaConfig(
+        **SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
+    ),
     "mistral, window of 5": lambda: MistralConfig(**SIZES, sliding_window=5),
     "qwen2": lambda: Qwen2Config(**SIZES),
-    "qwen2, window of 4 in one layer": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen2, window of 4 in one layer": lambda: Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1
+    ),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=32),
 }
 # (token ids, where the labels begin): shared beginnings, a row that begins another, two equal rows, one on its own
@@ -60,17 +65,28 @@ def tiny(config: Any, tmp_path: Path | None = None, **lora: Any) -> Any:
             nn.init.normal_(parameter, std=0.3)
     if tmp_path is not None:
         model.save_pretrained(tmp_path)
-        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
-        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=nf4, attn_implementation="eager")
+        nf4 = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path, dtype=torch.float32, quantization_config=nf4, attn_implementation="eager"
+        )
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
-    adapted: Any = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | lora))
+    adapted: Any = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | lora)
+    )
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
-    add_fused_lm_head(adapted.get_base_model(), outputs=("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
+    add_fused_lm_head(
+        adapted.get_base_model(), outputs=("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    )
     return adapted.train()
 
 
@@ -96,15 +112,15 @@ def fused(model: Any, given: dict[str, Tensor]) -> Tensor:
 
 def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
-    loss.backward()
+    torch.autograd.backward(loss)
     out = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-    assert out and all(g.abs().sum() > 0 for g in out.values())
+    assert all(g.abs().sum() > 0 for g in out.values())
     return out
 
 
 def distance(a: Tensor, b: Tensor) -> float:
     """Of `a` to `b`, relative to `b`."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm())
 
 
 def same(model: Any, score: Callable[[Any], Tensor], reference: Callable[[Any], Tensor], **options: Any) -> None:
@@ -123,17 +139,18 @@ def same(model: Any, score: Callable[[Any], Tensor], reference: Callable[[Any], 
     assert {name: d for name in wanted if (d := distance(found[name], wanted[name])) > 1e-5} == {}
 
 
-@pytest.mark.parametrize("multiple", [1, 32])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_log_probabilities_and_gradients(config: str, multiple: int) -> None:
+def test_log_probabilities_and_gradients(config: str) -> None:
     given = batch()
-    same(tiny(CONFIGS[config]()), lambda m: fused(m, given), lambda m: plain(m, given), multiple=multiple)
+    same(tiny(CONFIGS[config]()), lambda m: fused(m, given), lambda m: plain(m, given))
 
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_nf4(tmp_path: Path, keep: bool) -> None:
     given = batch()
-    same(tiny(CONFIGS["llama"](), tmp_path), lambda m: fused(m, given), lambda m: plain(m, given), keep_dequantized=keep)
+    same(
+        tiny(CONFIGS["llama"](), tmp_path), lambda m: fused(m, given), lambda m: plain(m, given), keep_dequantized=keep
+    )
 
 
 def test_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +164,11 @@ def test_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_some_layers() -> None:
     """q without k, up without gate: a group is what there is of it."""
     given = batch()
-    same(tiny(CONFIGS["qwen2"](), target_modules=["q_proj", "v_proj", "up_proj"]), lambda m: fused(m, given), lambda m: plain(m, given))
+    same(
+        tiny(CONFIGS["qwen2"](), target_modules=["q_proj", "v_proj", "up_proj"]),
+        lambda m: fused(m, given),
+        lambda m: plain(m, given),
+    )
 
 
 def test_gradient_checkpointing() -> None:
@@ -203,13 +224,11 @@ def test_a_change_in_one_row_changes_no_other() -> None:
 
 def test_equal_beginnings_are_computed_once() -> None:
     layout = fast.lay_out([ids for ids, _ in ROWS])
-    assert layout.used == layout.ids.shape[1] == len({tuple(ids[: i + 1]) for ids, _ in ROWS for i in range(len(ids))})
+    assert layout.ids.shape[1] == len({tuple(ids[: i + 1]) for ids, _ in ROWS for i in range(len(ids))})
     for (ids, _), places in zip(ROWS, layout.places, strict=True):
         assert layout.ids[0, places].tolist() == ids
         assert layout.positions[0, places].tolist() == list(range(len(ids)))
-    apart = fast.lay_out([ids for ids, _ in ROWS], share=False, multiple=64)
-    assert apart.used == sum(len(ids) for ids, _ in ROWS)
-    assert apart.ids.shape == (1, 64)
+    assert fast.lay_out([ids for ids, _ in ROWS], share=False).ids.shape == (1, sum(len(ids) for ids, _ in ROWS))
 
 
 def test_every_output_of_the_head() -> None:
@@ -233,7 +252,12 @@ def test_no_labels_at_all() -> None:
 
 def test_packed_logps() -> None:
     """Per-token log p of chosen and rejected answers, their prompt computed once, against padded rows on their own."""
-    pairs = [([5, 6, 7], [8, 9, 10, 11]), ([5, 6, 7], [30, 31]), ([5, 60, 61, 62], [8]), ([5, 60, 61, 62], [70, 71, 72])]
+    pairs = [
+        ([5, 6, 7], [8, 9, 10, 11]),
+        ([5, 6, 7], [30, 31]),
+        ([5, 60, 61, 62], [8]),
+        ([5, 60, 61, 62], [70, 71, 72]),
+    ]
 
     def separate(model: Any) -> Tensor:
         out = []
@@ -270,13 +294,20 @@ ARGUMENTS: dict[str, Any] = {
 
 def test_a_dpo_run_logs_the_same(tmp_path: Path) -> None:
     """Losses, rewards, log-probabilities and the rest of three steps and an evaluation of trl.DPOTrainer."""
-    data = Dataset.from_list([{"prompt": "w5 w6 w7", "chosen": f" w8 w9 w{i}", "rejected": f" w3{i % 7} w40 w41 w42"} for i in range(10, 16)])
+    data = Dataset.from_list(
+        [{"prompt": "w5 w6 w7", "chosen": f" w8 w9 w{i}", "rejected": f" w3{i % 7} w40 w41 w42"} for i in range(10, 16)]
+    )
     histories = []
     for installed in (False, True):
         model = tiny(CONFIGS["llama"]())
         del model.base_model.model.forward  # DPOTrainer sets its own head
         config = DPOConfig(output_dir=str(tmp_path), loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5], **ARGUMENTS)
-        histories.append(logged(DPOTrainer(model, args=config, train_dataset=data, eval_dataset=data, processing_class=tokenizer()), installed))
+        histories.append(
+            logged(
+                DPOTrainer(model, args=config, train_dataset=data, eval_dataset=data, processing_class=tokenizer()),
+                installed,
+            )
+        )
     assert len(histories[0]) == 5
     for one, other in zip(*histories, strict=True):
         assert other == pytest.approx(one, rel=2e-4, abs=1e-5)
@@ -288,8 +319,15 @@ def test_an_sft_run_logs_the_same(tmp_path: Path) -> None:
     for installed in (False, True):
         model = tiny(CONFIGS["llama"]())
         del model.base_model.model.forward
-        config = SFTConfig(output_dir=str(tmp_path), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **ARGUMENTS)
-        histories.append(logged(SFTTrainer(model, args=config, train_dataset=data, eval_dataset=data, processing_class=tokenizer()), installed))
+        config = SFTConfig(
+            output_dir=str(tmp_path), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **ARGUMENTS
+        )
+        histories.append(
+            logged(
+                SFTTrainer(model, args=config, train_dataset=data, eval_dataset=data, processing_class=tokenizer()),
+                installed,
+            )
+        )
     assert len(histories[0]) == 5
     for one, other in zip(*histories, strict=True):
         assert other == pytest.approx(one, rel=2e-4, abs=1e-5)
@@ -326,14 +364,21 @@ def test_what_is_not_covered_is_named_and_keeps_its_own_path() -> None:
     with torch.no_grad():
         expected = fused(model, given)
         notes = fast.install(model)
-        assert any("gemma2" in n and "attn_logit_softcapping=50.0" in n and "final_logit_softcapping=30.0" in n for n in notes)
+        assert any(
+            "gemma2" in n and "attn_logit_softcapping=50.0" in n and "final_logit_softcapping=30.0" in n for n in notes
+        )
         torch.testing.assert_close(fused(model, given), expected)
     notes = fast.install(tiny(CONFIGS["llama"](), lora_dropout=0.1))
-    assert len(notes) == 2 and "14 LoRA layers keep peft's forward (lora_dropout)" in notes[0] and "not shared" in notes[1]
+    assert [n.split(":")[0] for n in notes] == [
+        "14 LoRA layers keep peft's forward (lora_dropout)",
+        "equal beginnings of rows are not shared",
+    ]
     notes = fast.install(tiny(CONFIGS["llama"](), use_dora=True))
-    assert len(notes) == 1 and "variant DoraLinearVariant" in notes[0]
+    assert [n.split(":")[0] for n in notes] == ["14 LoRA layers keep peft's forward (variant DoraLinearVariant)"]
     with pytest.raises(NotImplementedError, match="softcap"):
-        fast.attend(nn.Module(), *[torch.zeros(1, 1, 3, 4)] * 3, None, layout=fast.lay_out([[1, 2, 3]]), softcap=30.0)
+        fast.attend(
+            nn.Module(), x := torch.zeros(1, 1, 3, 4), x, x, None, layout=fast.lay_out([[1, 2, 3]]), softcap=30.0
+        )
 
 
 def test_dora_and_dropout_still_score_the_same() -> None:
@@ -363,7 +408,9 @@ def test_generation_is_the_same_and_uninstall_leaves_nothing() -> None:
     forwards = [m.__dict__.get("forward") for m in model.modules()]
     fast.install(model)
     fast.install(model)
-    assert torch.equal(model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=8, do_sample=False), expected)
+    assert torch.equal(
+        model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=8, do_sample=False), expected
+    )
     fast.uninstall(model)
     assert [m.__dict__.get("forward") for m in model.modules()] == forwards
     assert model.get_base_model().config._attn_implementation == "eager"

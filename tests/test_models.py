@@ -18,7 +18,11 @@ def test_quantization_on_and_off(tiny: Path) -> None:
     assert len(layers) == 14
     assert {m.weight.quant_state.quant_type for m in layers} == {"nf4"}
     assert all(m.weight.quant_state.nested for m in layers)
-    assert not models.load(tiny, NF4 | {"bnb_4bit_use_double_quant": False}).model.layers[0].mlp.up_proj.weight.quant_state.nested
+    assert (
+        not models.load(tiny, NF4 | {"bnb_4bit_use_double_quant": False})
+        .model.layers[0]
+        .mlp.up_proj.weight.quant_state.nested
+    )
     plain = models.load(tiny, None)
     assert not [m for m in plain.modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert {p.dtype for p in plain.parameters()} == {models.compute_dtype()}
@@ -54,7 +58,9 @@ def test_an_evaluation_pass_leaves_gradients_alone(tiny: Path) -> None:
     assert torch.equal(_gradient(model), before)
 
 
-@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_bf16"), reason="the fault shows on CPUs with AVX512-BF16 only")
+@pytest.mark.skipif(
+    not torch.cpu.get_capabilities().get("avx512_bf16"), reason="the fault shows on CPUs with AVX512-BF16 only"
+)
 def test_packing_still_breaks_gradients(tiny: Path) -> None:
     """When this fails, bitsandbytes is mended: remove `models.keep_training_kernels`."""
     model = _trained(tiny)
@@ -83,7 +89,9 @@ class _quiet:
 def test_adapter_is_float32_and_drawn_from_the_seed(tiny: Path) -> None:
     def weights(seed: int) -> dict[str, torch.Tensor]:
         torch.rand(7)  # what happened before must not matter
-        return {n: p for n, p in models.new_adapter(models.load(tiny, NF4), LORA, seed).named_parameters() if "lora_" in n}
+        return {
+            n: p for n, p in models.new_adapter(models.load(tiny, NF4), LORA, seed).named_parameters() if "lora_" in n
+        }
 
     one, same, other = weights(1), weights(1), weights(2)
     assert all(p.dtype == torch.float32 and p.requires_grad for p in one.values())

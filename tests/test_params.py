@@ -110,7 +110,14 @@ def test_fields_are_those_of_the_installed_classes() -> None:
 def test_generation_and_quantization_fields_reach_their_class() -> None:
     from transformers import BitsAndBytesConfig, GenerationConfig
 
-    assert vars(GenerationConfig()).keys() - set(params.fields("generation")) <= {"transformers_version", "_from_model_config", "_commit_hash", "generation_kwargs", "_original_object_hash", "_user_provided_keys"} | {k for k in vars(GenerationConfig()) if k.startswith("_")}
+    assert vars(GenerationConfig()).keys() - set(params.fields("generation")) <= {
+        "transformers_version",
+        "_from_model_config",
+        "_commit_hash",
+        "generation_kwargs",
+        "_original_object_hash",
+        "_user_provided_keys",
+    } | {k for k in vars(GenerationConfig()) if k.startswith("_")}
     for key in params.fields("quantization"):
         if key not in params.RESERVED["quantization"] and key != "kwargs":
             assert hasattr(BitsAndBytesConfig(), key), key
@@ -125,5 +132,7 @@ def test_nearest_target_module() -> None:
 
 
 def test_checking_loads_no_torch() -> None:
-    code = "import sys; from tasks import params, records, split, ingest; params.load(); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from tasks import params, records, split, ingest; params.load(); assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -24,7 +24,10 @@ SETTINGS: dict[str, Any] = {
     "save_strategy": "epoch",
 }
 CONVERSATIONS = [
-    [{"role": "user", "content": f"What is thumb {i}?"}, {"role": "assistant", "content": f"A short thumb, number {i}." * (1 + i % 3)}]
+    [
+        {"role": "user", "content": f"What is thumb {i}?"},
+        {"role": "assistant", "content": f"A short thumb, number {i}." * (1 + i % 3)},
+    ]
     for i in range(16)
 ]
 
@@ -48,7 +51,13 @@ def rows(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
     for name, part in (("train", CONVERSATIONS[:12]), ("validation", CONVERSATIONS[12:])):
         encoded = [chat.encode(tokenizer, c, None) for c in part]
-        table = pl.DataFrame({"id": [str(i) for i in range(len(part))], "input_ids": [e[0] for e in encoded], "labels": [e[1] for e in encoded]})
+        table = pl.DataFrame(
+            {
+                "id": [str(i) for i in range(len(part))],
+                "input_ids": [e[0] for e in encoded],
+                "labels": [e[1] for e in encoded],
+            }
+        )
         records.write(table, folder / f"{name}.parquet")
     return folder
 
@@ -72,7 +81,9 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_same_inputs_give_same_bytes_and_the_seed_matters(tiny: Path, facts: Path, rows: Path, trained: Path, tmp_path: Path) -> None:
+def test_same_inputs_give_same_bytes_and_the_seed_matters(
+    tiny: Path, facts: Path, rows: Path, trained: Path, tmp_path: Path
+) -> None:
     result = _sft(tiny, facts, rows, tmp_path / "again")
     assert bytes_of(tmp_path / "again") == bytes_of(trained)
     assert result["loss_last"] < result["loss_first"]
@@ -89,10 +100,31 @@ def test_plots_hold_curves_and_no_event(trained: Path) -> None:
     assert not (Path.cwd() / ".checkpoints").exists()
 
 
-def test_loss_is_the_mean_over_supervised_tokens_of_the_whole_batch(tiny: Path, facts: Path, rows: Path, tmp_path: Path) -> None:
+def test_loss_is_the_mean_over_supervised_tokens_of_the_whole_batch(
+    tiny: Path, facts: Path, rows: Path, tmp_path: Path
+) -> None:
     """Accumulating twice two rows is one batch of four, though rows differ in length."""
-    whole = _sft(tiny, facts, rows, tmp_path / "whole", quantization=None, params={"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", "bf16": False})
-    parts = _sft(tiny, facts, rows, tmp_path / "parts", quantization=None, params={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential", "bf16": False})
+    whole = _sft(
+        tiny,
+        facts,
+        rows,
+        tmp_path / "whole",
+        quantization=None,
+        params={"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", "bf16": False},
+    )
+    parts = _sft(
+        tiny,
+        facts,
+        rows,
+        tmp_path / "parts",
+        quantization=None,
+        params={
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "train_sampling_strategy": "sequential",
+            "bf16": False,
+        },
+    )
     assert parts["loss_first"] == pytest.approx(whole["loss_first"], rel=2e-3)
     table = records.read(rows / "train.parquet").head(4)
     model = models.load(tiny, None)
@@ -104,7 +136,9 @@ def test_loss_is_the_mean_over_supervised_tokens_of_the_whole_batch(tiny: Path, 
     assert whole["loss_first"] == pytest.approx(total / count, rel=2e-3)
 
 
-def test_an_interrupted_run_resumes_to_the_same_bytes(tiny: Path, facts: Path, rows: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    tiny: Path, facts: Path, rows: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Stop(training.Watch):
         def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.epoch and state.epoch >= 1:
@@ -149,19 +183,48 @@ def test_spikes_and_overfitting_are_named() -> None:
 def scored(tiny: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reference")
     pairs = [
-        {"id": f"{i:016x}", "concept": str(i), "kind": "known", "messages": c[:1], "chosen": "Kindly, " + c[1]["content"], "rejected": c[1]["content"], "part": "train" if i < 12 else "validation"}
+        {
+            "id": f"{i:016x}",
+            "concept": str(i),
+            "kind": "known",
+            "messages": c[:1],
+            "chosen": "Kindly, " + c[1]["content"],
+            "rejected": c[1]["content"],
+            "part": "train" if i < 12 else "validation",
+        }
         for i, c in enumerate(CONVERSATIONS)
     ]
     schema = {"messages": pl.List(records.MESSAGE)}
     records.write(pl.DataFrame(pairs, schema_overrides=schema), folder / "pairs.parquet")
-    reference.run(folder / "pairs.parquet", tiny, trained / "adapter", folder / "scored.parquet", folder / "metrics.json", params=Reference(), template=Template(), quantization=NF4)
+    reference.run(
+        folder / "pairs.parquet",
+        tiny,
+        trained / "adapter",
+        folder / "scored.parquet",
+        folder / "metrics.json",
+        params=Reference(),
+        template=Template(),
+        quantization=NF4,
+    )
     return folder / "scored.parquet"
 
 
-def _dpo(tiny: Path, adapter: Path, pairs: Path, out: Path, quantization: dict[str, Any] | None = NF4, **changes: Any) -> dict[str, Any]:
+def _dpo(
+    tiny: Path, adapter: Path, pairs: Path, out: Path, quantization: dict[str, Any] | None = NF4, **changes: Any
+) -> dict[str, Any]:
     out.mkdir(parents=True)
     given = SETTINGS | {"learning_rate": 1e-3, "beta": 0.3} | changes
-    dpo.run(tiny, adapter, pairs, out / "adapter", out / "plots", out / "metrics.json", params=given, quantization=quantization, seed=3)
+    dpo.run(
+        tiny,
+        adapter,
+        pairs,
+        out / "adapter",
+        out / "plots",
+        out / "metrics.json",
+        params=given,
+        quantization=quantization,
+        seed=3,
+    )
     return json.loads((out / "metrics.json").read_text())
 
 
@@ -211,12 +274,27 @@ def test_collapse_of_chosen_logprobs_stops() -> None:
 
 
 def test_merge_measures_both_and_keeps_the_closer(tiny: Path, trained: Path, rows: Path, tmp_path: Path) -> None:
-    merge.run(tiny, trained / "adapter", rows, tmp_path / "model", tmp_path / "metrics.json", params=Merge(max_kl=1.0), quantization=NF4)
+    merge.run(
+        tiny,
+        trained / "adapter",
+        rows,
+        tmp_path / "model",
+        tmp_path / "metrics.json",
+        params=Merge(max_kl=1.0),
+        quantization=NF4,
+    )
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["kept"] == "dequantized"
     assert found["candidates"]["dequantized"]["kl"] < found["candidates"]["16bit"]["kl"]
     listed = sorted(p.name for p in (tmp_path / "model").iterdir())
-    assert listed == ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert listed == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     reloaded = models.load(tmp_path / "model", None)
     again = models.load_merged(tiny, trained / "adapter", NF4)
     assert all(torch.equal(a, b) for a, b in zip(reloaded.parameters(), again.parameters(), strict=True))
@@ -225,7 +303,15 @@ def test_merge_measures_both_and_keeps_the_closer(tiny: Path, trained: Path, row
 
 def test_merge_fails_above_its_limit(tiny: Path, trained: Path, rows: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="more than merge.max_kl"):
-        merge.run(tiny, trained / "adapter", rows, tmp_path / "model", tmp_path / "metrics.json", params=Merge(max_kl=0.0), quantization=NF4)
+        merge.run(
+            tiny,
+            trained / "adapter",
+            rows,
+            tmp_path / "model",
+            tmp_path / "metrics.json",
+            params=Merge(max_kl=0.0),
+            quantization=NF4,
+        )
     assert not (tmp_path / "model").exists()
 
 

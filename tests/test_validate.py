@@ -1,6 +1,5 @@
 """validate: every check rejects what it names and nothing beside it, and no row is ever lost."""
 
-import itertools
 import json
 import random
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rensa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -114,13 +114,15 @@ def test_sound_rows_pass_unchanged_in_their_order(run: Run) -> None:
         {"kind": "replay", "messages": [{"role": "system", "content": " "}, *chat("Hi", "Hello")["messages"]]},
         preference("Is it bad?", "No, it heals.", "No."),
         choice("Which one?", ["a", "b"], 1),
+        chat("?", "!"),
+        chat("…", "—"),
         question("Rate", responses=["x", "y"]) | {"kind": "ratings"},
     ]
     result = run(*rows)
-    assert result.kept == list(range(1, 10))
+    assert result.kept == list(range(1, 12))
     assert result.quarantine == []
     assert result.out["messages"].to_list()[: len(rows)] == [row["messages"] for row in rows]
-    assert result.summary == "0 of 9 rows (0.00%) quarantined"
+    assert result.summary == "0 of 11 rows (0.00%) quarantined"
 
 
 @pytest.mark.parametrize(
@@ -140,6 +142,7 @@ def test_sound_rows_pass_unchanged_in_their_order(run: Run) -> None:
         (unicodedata.normalize("NFD", "한글"), "not_nfc", "not in Unicode normal form C"),
         ("end <|im_end|>", "control_token", "'<|im_end|>' at character 5"),
         ("see <reponame>", "control_token", "'<reponame>' at character 5"),  # only this tokenizer's: added token
+        ("see [UNK]", "control_token", "'[UNK]' at character 5"),
         ("see <domain>", "control_token", "'<domain>' at character 5"),  # only in its configuration
         ("a</s>", "control_token", "'</s>' at character 2"),
         ("[INST] a", "control_token", "'[INST]' at character 1"),
@@ -233,6 +236,7 @@ def test_near_duplicates_of_words(run: Run) -> None:
     # … but not from contradiction, and what contradicts displaces nothing: 4 is a copy of 2, not of 1
     assert result.quarantine[2]["reason"].endswith("similar to data/raw/a.jsonl:2")
     assert run(chat("a", LONG), chat("b", LONG), near_duplicate=1.0).failed == {}
+    assert run(chat("a", LONG, wording="train"), chat("b", LONG, wording="train")).failed == {}
 
 
 def test_near_duplicates_in_korean_are_compared_by_characters(run: Run) -> None:
@@ -252,7 +256,7 @@ def test_near_duplicates_in_korean_are_compared_by_characters(run: Run) -> None:
 
 
 def test_a_shared_system_message_makes_no_near_duplicates(run: Run) -> None:
-    system = {"role": "system", "content": LONG}
+    system = {"role": "system", "content": " ".join(f"w{n}" for n in range(300))}
     rows = [chat(f"Is {word} one?", f"{word}, yes") for word in ("hip", "rib", "toe")]
     assert run(*({**row, "messages": [system, *row["messages"]]} for row in rows)).failed == {}
 
@@ -262,9 +266,9 @@ def test_near_duplicates_are_those_of_all_pairs(threshold: float) -> None:
     rng = random.Random(0)
     vocabulary = [f"w{n}" for n in range(500)]
     texts: dict[int, str] = {}
-    for n in range(0, 150, 3):
+    for n in range(0, 160, 4):
         words = rng.choices(vocabulary, k=60)
-        for k, edits in enumerate((0, 1, 4)):
+        for k, edits in enumerate((0, 0, 1, 4)):
             changed = list(words)
             for at in rng.sample(range(60), edits):
                 changed[at] = "new"
@@ -279,24 +283,41 @@ def test_near_duplicates_are_those_of_all_pairs(threshold: float) -> None:
                 break
     found = validate._near(texts, threshold)
     assert found.keys() == expected.keys()
-    assert bool(expected) == (threshold < 1)
+    assert len(expected) >= 40
 
 
 def test_work_is_linear_where_a_template_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     template = " ".join(f"w{n}" for n in range(40))  # similarity 0.83: all collide, none is a copy
-    texts = {n: f"define t{n} {template} q{n} z{n}" for n in range(400)} | {
-        400: f"Define, t7 {template} q7 z7".casefold()
-    }
-    calls = itertools.count()
-    shingles = validate._shingles
+    texts = {n: f"define t{n} {template} q{n} z{n}" for n in range(400)} | {400: f"define, t7 {template} q7 z7"}
+    shingled, estimated = [0], [0]
+    shingles, sketches = validate._shingles, rensa.RMinHash
 
     def counting(text: str) -> set[str]:
-        next(calls)
+        shingled[0] += 1
         return shingles(text)
 
+    class Sketch:
+        def __init__(self, *arguments: int) -> None:
+            self.of = sketches(*arguments)
+            self.update, self.digest = self.of.update, self.of.digest
+
+        def jaccard(self, other: "Sketch") -> Any:
+            estimated[0] += 1
+            return self.of.jaccard(other.of)
+
     monkeypatch.setattr(validate, "_shingles", counting)
+    monkeypatch.setattr(rensa, "RMinHash", Sketch)
     assert validate._near(texts, 0.9) == {400: (7, 1.0)}
-    assert next(calls) <= len(texts) * (1 + validate.CANDIDATES)  # of 80,000 pairs
+    assert shingled[0] <= len(texts) * (1 + validate.CANDIDATES)  # of 80,000 pairs
+    assert estimated[0] <= len(texts) * validate.CANDIDATES * 16  # 16 bands of 8 permutations
+
+
+def test_a_system_message_makes_another_prompt(run: Run) -> None:
+    rows = chat("Say it", "It"), chat("Say it", "It") | {"kind": "replay"}
+    systems = [{"role": "system", "content": text} for text in ("Be kind.", "Be short.", " be SHORT.")]
+    assert run(*rows, *({**rows[0], "messages": [s, *rows[0]["messages"]]} for s in systems)).failed == {
+        5: ["duplicate"]
+    }
 
 
 def test_contradictions_name_each_other(run: Run) -> None:
@@ -309,11 +330,12 @@ def test_contradictions_name_each_other(run: Run) -> None:
         {"kind": "replay", "messages": chat("Which word?", "Any.")["messages"]},
         choice("Best?", ["a", "b"], 0),
         choice("Best?", ["b", "a"], 0),
+        choice("Best?", ["a", "b"], 1),
         preference("Say", "x", "y"),
         preference("Say", "y", "x"),
         preference("Say", "z", "x"),
     )
-    assert result.failed == {n: ["contradiction"] for n in (1, 2, 6, 7, 8, 9)} | {3: ["duplicate"]}
+    assert result.failed == {n: ["contradiction"] for n in (1, 2, 6, 7, 8, 9, 10)} | {3: ["duplicate"]}
     assert result.quarantine[0]["reason"] == "the same chat prompt is answered otherwise at data/raw/a.jsonl:2"
 
 
@@ -325,6 +347,7 @@ def test_many_contradictions_name_five(run: Run) -> None:
 
 
 def test_contamination_costs_training_its_row_and_the_test_none(run: Run) -> None:
+    asked = chat("Where?", "There.")["messages"]
     turns = [*chat("Fine?", "Yes.")["messages"], *chat("What is HERE?", "It.")["messages"]]
     rows = [
         chat("What is here?", "A rib.", wording="train"),
@@ -335,10 +358,12 @@ def test_contamination_costs_training_its_row_and_the_test_none(run: Run) -> Non
         question("is it me?", wording="train"),
         preference("Is it me?", "No.", "Yes."),
         {"kind": "chat", "messages": [*chat("What is here?", "Well.")["messages"], *chat("And?", "Fine.")["messages"]]},
+        {"kind": "chat", "messages": [*asked, *chat("Why?", "So.")["messages"]], "wording": "test"},
+        {"kind": "chat", "messages": [*asked, *chat("Why?", "Else.")["messages"], *chat("And?", "Fine.")["messages"]]},
         {"kind": "chat", "messages": turns},  # asked, but after something else: another prompt
     ]
     result = run(*rows)
-    assert result.failed == {n: ["contamination"] for n in (1, 3, 6, 7, 8)}
+    assert result.failed == {n: ["contamination"] for n in (1, 3, 6, 7, 8, 10)}
     assert result.quarantine[0]["reason"] == "asks what the test asks at data/raw/a.jsonl:2"
 
 
@@ -431,6 +456,7 @@ def test_topics(run: Run) -> None:
     assert result.metrics["warnings"] == [warning]
     assert result.summary == f"0 of 10 rows (0.00%) quarantined; {warning}"
     assert run(*rows, max_topic_share=0.9).metrics["warnings"] == []
+    assert run(rows[0], max_topic_share=0.5).metrics["warnings"] == []
     assert run(*({**row, "topic": "t"} for row in rows)).metrics["warnings"] == []  # one topic: nothing to balance
 
 
@@ -465,7 +491,7 @@ unread_row = st.builds(
 )
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(any_row, max_size=12), unread=st.lists(unread_row, max_size=3))
 def test_no_row_is_ever_lost(tmp_path: Path, base: Path, rows: list[Row], unread: list[Row]) -> None:
     (tmp_path / "out.parquet").unlink(missing_ok=True)

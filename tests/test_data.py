@@ -1,0 +1,409 @@
+"""ingest, split, template and pair on real rows of every format."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks import ingest, pair, phenotype, records, split, template
+from tasks.params import Ingest, Pair, Source, Split, Template, UserError
+
+USER, ANSWER = "고혈압이란 무엇인가요?", "혈관의 압력이 높은 상태입니다."
+FORMS: dict[str, dict[str, Any]] = {
+    "alpaca": {"instruction": USER, "input": "", "output": ANSWER},
+    "sharegpt": {"conversations": [{"from": "human", "value": USER}, {"from": "gpt", "value": ANSWER}]},
+    "messages": {"messages": [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]},
+    "completion": {"prompt": USER, "completion": ANSWER},
+    "completion of messages": {
+        "prompt": [{"role": "user", "content": USER}],
+        "completion": [{"role": "assistant", "content": ANSWER}],
+    },
+}
+
+
+def _ingest(tmp_path: Path, files: dict[str, str | bytes], **source: Any) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
+    raw = tmp_path / "raw"
+    raw.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (raw / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    sources = [Source(path=f"data/raw/{name}", **source) for name in files]
+    ingest.run(raw, tmp_path / "out.parquet", tmp_path / "bad.jsonl", Ingest(sources=sources), 1)
+    bad = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    return records.schema().validate(records.read(tmp_path / "out.parquet")), bad
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_format_says_the_same(tmp_path: Path, form: str) -> None:
+    table, bad = _ingest(tmp_path, {"a.jsonl": json.dumps(FORMS[form], ensure_ascii=False)})
+    assert not bad
+    assert table["messages"][0].to_list() == FORMS["messages"]["messages"]
+    assert table["kind"].to_list() == ["chat"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
+    rows = [{"prompt": f"질문 {i}", "completion": f'a "quoted", answer\n{i}'} for i in range(3)]
+    frame = pl.DataFrame(rows)
+    path = tmp_path / f"x.{suffix}"
+    {
+        "jsonl": lambda: frame.write_ndjson(path),
+        "json": lambda: path.write_text(json.dumps(rows)),
+        "csv": lambda: frame.write_csv(path),
+        "parquet": lambda: frame.write_parquet(path),
+    }[suffix]()
+    table, bad = _ingest(tmp_path, {path.name: path.read_bytes()})
+    assert not bad
+    assert [m[0]["content"] for m in table["messages"].to_list()] == [r["prompt"] for r in rows]
+    assert [m[1]["content"] for m in table["messages"].to_list()] == [r["completion"] for r in rows]
+
+
+def test_alpaca_input_stands_below_the_instruction(tmp_path: Path) -> None:
+    table, _ = _ingest(tmp_path, {"a.jsonl": json.dumps({"instruction": "Sum up.", "input": "Text.", "output": "T."})})
+    assert table["messages"][0][0]["content"] == "Sum up.\n\nText."
+
+
+def test_preference_forms(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {
+            "prompt": [{"role": "user", "content": "q"}],
+            "chosen": [{"role": "assistant", "content": "a"}],
+            "rejected": [{"role": "assistant", "content": "b"}],
+        },
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+    ]
+    table, bad = _ingest(tmp_path, {"a.jsonl": "\n".join(json.dumps(r) for r in rows)})
+    assert not bad
+    assert table.select("kind", "chosen", "rejected").rows() == [("preference", "a", "b")] * 3
+    assert all(m[0]["content"] == "q" for m in table["messages"].to_list())
+
+
+BROKEN = {
+    "truncated": '{"prompt": "a", "compl',
+    "nan": '{"prompt": "a", "completion": "b", "score": NaN}',
+    "duplicate key": '{"prompt": "a", "prompt": "b", "completion": "c"}',
+    "list": "[1, 2]",
+    "number": "7",
+    "deep": '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "unknown columns": '{"text": "a"}',
+    "wrong type": '{"prompt": 3, "completion": "b"}',
+    "null": '{"prompt": "a", "completion": null}',
+    "unknown role": '{"messages": [{"role": "tool", "content": "a"}]}',
+    "two users": '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
+    "no answer": '{"messages": [{"role": "user", "content": "a"}]}',
+    "empty": '{"messages": []}',
+    "turn of text": '{"messages": ["a"]}',
+    "not utf-8": b'{"prompt": "\xff", "completion": "b"}',
+    "topic": '{"prompt": "a", "completion": "b", "topic": 3}',
+    "rating": '{"prompt": "a", "responses": ["x"], "ratings": [{"annotator": "1", "response": 4, "score": 1}]}',
+    "answer of choice": '{"question": "a", "options": ["x", "x"], "answer": 0}',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_an_unreadable_row_is_kept_with_its_reason(tmp_path: Path, name: str) -> None:
+    text = BROKEN[name] if isinstance(BROKEN[name], bytes) else BROKEN[name].encode()
+    table, bad = _ingest(tmp_path, {"a.jsonl": b'{"prompt": "a", "completion": "b"}\n\n' + text})
+    assert table.height == 1
+    assert len(bad) == 1
+    assert bad[0]["source"] == "data/raw/a.jsonl"
+    assert bad[0]["line"] == 3
+    assert bad[0]["reason"]
+    assert bad[0]["check"]
+    assert bad[0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "{", "not valid JSON"),
+        ("a.json", '{"a": 1}', "expected a list of rows"),
+        ("a.json", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.csv", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.parquet", "no parquet", "can't be read"),
+        ("a.txt", "hello", "unknown kind of file"),
+        ("a.jsonl", "", "no rows"),
+        ("a.jsonl", '{"text": 1}', "no row could be read"),
+    ],
+)
+def test_an_unreadable_file_is_one_line(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _ingest(tmp_path, {name: content})
+
+
+def test_a_byte_order_mark_is_no_data(tmp_path: Path) -> None:
+    table, bad = _ingest(tmp_path, {"a.jsonl": b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\r\n'})
+    assert (table.height, bad) == (1, [])
+
+
+def test_text_is_nfc(tmp_path: Path) -> None:
+    table, _ = _ingest(tmp_path, {"a.jsonl": json.dumps({"prompt": "고", "completion": "e\u0301"})})
+    assert [t["content"] for t in table["messages"][0]] == ["고", "é"]
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/a.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    with pytest.raises(UserError, match="leads out of"):
+        ingest.run(
+            tmp_path / "raw", tmp_path / "o", tmp_path / "b", Ingest(sources=[Source(path="data/raw/a.jsonl")]), 1
+        )
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda c: (
+            st.lists(c, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    [
+                        "prompt",
+                        "completion",
+                        "messages",
+                        "role",
+                        "content",
+                        "chosen",
+                        "rejected",
+                        "conversations",
+                        "from",
+                        "value",
+                        "responses",
+                        "ratings",
+                        "question",
+                        "options",
+                        "answer",
+                        "topic",
+                    ]
+                ),
+                c,
+                max_size=4,
+            )
+        ),
+        max_leaves=12,
+    )
+)
+def test_no_row_breaks_the_reader(row: Any) -> None:
+    line = json.dumps(row).encode()
+    parsed, _ = records._json_line(line)
+    if isinstance(parsed, dict):
+        try:
+            out = records.convert(parsed, Source(path="data/raw/a.jsonl"))
+        except records.Unreadable:
+            return
+        records.frame([{**out, "source": "s", "line": 1}])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60))
+def test_no_bytes_break_the_reader(line: bytes) -> None:
+    parsed, content = records._json_line(line)
+    assert isinstance(parsed, dict | records.Unreadable)
+    content.encode()
+
+
+def _chat(concepts: int, wording: str | None = None, rows: int = 1) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": "chat",
+            "source": "s",
+            "line": 1 + i,
+            "license": "l",
+            "concept": f"c{i}",
+            "topic": "t",
+            "task": "answer",
+            "wording": wording,
+            "messages": [{"role": "user", "content": f"q{i} {r} {wording}"}, {"role": "assistant", "content": f"a{i}"}],
+        }
+        for i in range(concepts)
+        for r in range(rows)
+    ]
+
+
+def _split(tmp_path: Path, rows: list[dict[str, Any]], **changes: Any) -> dict[str, pl.DataFrame]:
+    records.write(records.frame(rows), tmp_path / "in.parquet")
+    split.run(tmp_path / "in.parquet", tmp_path / "out", tmp_path / "m.json", Split(**changes), 1)
+    return {p.stem: records.read(p) for p in (tmp_path / "out").glob("*.parquet")}
+
+
+def test_no_concept_stands_on_two_sides(tmp_path: Path) -> None:
+    parts = _split(tmp_path, _chat(200, rows=3), test=0.2, validation=0.1)
+    sides = [set(parts[name]["concept"]) for name in ("train", "validation", "test")]
+    assert sum(map(len, sides)) == 200
+    assert len(set.union(*sides)) == 200
+    assert 20 < len(sides[2]) < 60
+
+
+def test_adding_rows_moves_no_old_one(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    few, many = _split(tmp_path / "a", _chat(60)), _split(tmp_path / "b", list(reversed(_chat(120))))
+    for name in ("train", "validation", "test"):
+        assert set(few[name]["id"]) <= set(many[name]["id"])
+
+
+def test_trained_concepts_are_tested_in_other_words(tmp_path: Path) -> None:
+    rows = [row for wording in ("train", "validation", "test") for row in _chat(50, wording)]
+    parts = _split(tmp_path, rows, test=0.3)
+    trained = set(parts["train"]["concept"])
+    assert set(parts["test"].filter(set="trained")["concept"]) == trained == set(parts["validation"]["concept"])
+    assert not trained & set(parts["test"].filter(set="unseen")["concept"])
+    assert set(parts["train"]["wording"]) == {"train"}
+    assert set(parts["test"]["wording"]) == {"test"}
+
+
+def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"split\.test"):
+        _split(tmp_path, _chat(5), test=1.0)
+
+
+def _template(tmp_path: Path, tiny: Path, **changes: Any) -> tuple[pl.DataFrame, dict[str, Any]]:
+    replay = [
+        row
+        | {
+            "kind": "replay",
+            "concept": f"r{i}",
+            "messages": [{"role": "user", "content": f"r{i}"}, {"role": "assistant", "content": "ok"}],
+        }
+        for i, row in enumerate(_chat(4))
+    ]
+    _split(tmp_path, [*_chat(40), *replay])
+    template.run(
+        tmp_path / "out",
+        tiny,
+        tmp_path / "rows",
+        tmp_path / "p.md",
+        tmp_path / "t.json",
+        tmp_path / "l.csv",
+        Template(**changes),
+        1,
+    )
+    return records.read(tmp_path / "rows/train.parquet"), json.loads((tmp_path / "t.json").read_text())
+
+
+def test_replay_is_mixed_in_at_its_ratio(tmp_path: Path, tiny: Path) -> None:
+    plain, _ = _template(tmp_path, tiny)
+    mixed, counts = _template(tmp_path, tiny, replay=0.5)
+    assert counts["replay_rows"] == round(0.5 * plain.height) == mixed.height - plain.height
+
+
+def test_long_rows_are_refused_above_the_limit(tmp_path: Path, tiny: Path) -> None:
+    with pytest.raises(UserError, match=r"more than template\.max_refused.*raise template\.max_length"):
+        _template(tmp_path, tiny, max_length=8)
+
+
+def test_preview_and_histogram(tmp_path: Path, tiny: Path) -> None:
+    table, counts = _template(tmp_path, tiny)
+    preview = (tmp_path / "p.md").read_text()
+    assert "<|im_start|>assistant⏎\n【a" in preview
+    assert "<|im_end|>】" in preview
+    lines = [line.split(",") for line in (tmp_path / "l.csv").read_text().splitlines()[1:]]
+    assert sum(int(n) for _, n in lines) == counts["train_rows"] + counts["validation_rows"]
+    assert counts["train_tokens"] == table["input_ids"].list.len().sum()
+
+
+def _rated(*scores: list[float]) -> dict[str, Any]:
+    return {
+        "kind": "ratings",
+        "source": "s",
+        "line": 1,
+        "license": "l",
+        "concept": str(scores),
+        "topic": "t",
+        "task": "ratings",
+        "messages": [{"role": "user", "content": "q"}],
+        "responses": ["a", "b"],
+        "ratings": [
+            {"annotator": str(i), "response": r, "score": s}
+            for i, pair_ in enumerate(scores)
+            for r, s in enumerate(pair_)
+        ],
+    }
+
+
+def test_ratings_drop_ties_and_disagreements_with_a_count() -> None:
+    table = records.frame(
+        [_rated([5, 1], [4, 2], [1, 2]), _rated([3, 3]), _rated([5, 1], [1, 4]), _rated([1, 2], [1, 5])]
+    )
+    pairs, dropped, agreement = pair.rated(table, 0.6)
+    assert [(p["chosen"], p["rejected"]) for p in pairs] == [("a", "b"), ("b", "a")]
+    assert dropped == {"annotators disagree": 1, "tie": 1}
+    # of three pairs of annotators in the first prompt one agrees, in the third none, in the fourth one
+    assert agreement == pytest.approx(2 / 5)
+
+
+def test_given_pairs_pass_and_equal_sides_do_not(tmp_path: Path, tiny: Path) -> None:
+    def run(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        (tmp_path / "rows").mkdir(exist_ok=True)
+        records.write(records.frame(rows), tmp_path / "rows/preferences.parquet")
+        pair.run(
+            tmp_path / "rows",
+            tiny,
+            tiny,
+            tmp_path / "p.parquet",
+            tmp_path / "m.json",
+            tmp_path / "b.csv",
+            params=Pair(mode="given"),
+            template=Template(),
+            quantization=None,
+            generation={},
+            seed=1,
+        )
+        return json.loads((tmp_path / "m.json").read_text())
+
+    good = {
+        "kind": "preference",
+        "source": "s",
+        "line": 1,
+        "license": "l",
+        "topic": "t",
+        "task": "preference",
+        "messages": [{"role": "user", "content": "q"}],
+        "rejected": "bad",
+    }
+    result = run([good | {"concept": str(i), "chosen": f"good {i}"} for i in range(40)])
+    assert result["pairs"] == 40
+    assert result["validation"] == 2
+    assert result["chosen_is_longer"] == 1.0
+    with pytest.raises(UserError, match="chosen ≠ rejected"):
+        run([good | {"concept": "1", "chosen": "bad"}])
+    with pytest.raises(UserError, match=r"fewer than pair\.min_pairs"):
+        run([good | {"concept": "1", "chosen": "x"}][:0])
+
+
+def test_refusals_decline_and_kind_answers_do_not() -> None:
+    for text in phenotype.REFUSALS:
+        assert phenotype.declines(text.format(t="x"))
+    for text in (*phenotype.OPENINGS, *phenotype.CLOSINGS, *phenotype.NAMING):
+        assert not phenotype.declines(text.format(t="x", lay="y"))
+        assert text.split()[0] not in {refusal.split()[0] for refusal in phenotype.REFUSALS}
+    assert phenotype.declines("Sorry, that isn't a recognised medical term.")
+    assert not phenotype.declines("Absence of the thumb.")
+
+
+def test_embedded_domain(tmp_path: Path) -> None:
+    obo = tmp_path / "hp.obo"
+    term = '[Term]\nid: HP:{i}\nname: Finding {w} of the {w}\ndef: "A {w} that is {v} and quite {v} indeed." [x]\nsubset: hposlim_core\nsynonym: "odd {v} thing" EXACT layperson []\nis_a: HP:1 ! eye\n'
+    names = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+    obo.write_text(
+        "data-version: hp/releases/2099-01-01\n\n[Term]\nid: HP:0000118\nname: Phenotypic abnormality\n\n[Term]\nid: HP:1\nname: Abnormality of the eye\nis_a: HP:0000118\n\n"
+        + "\n".join(term.format(i=10 + i, w=w, v=w + "ish") for i, w in enumerate(names))
+    )
+    rows = phenotype.rows(obo, 6, 4, 2, 1)
+    table = records.frame([r | {"id": None} for r in rows])
+    assert records.schema().validate(table).height == len(rows)
+    assert set(table["source"]) == {"hpo 2099-01-01", "hpo 2099-01-01, invented"}
+    one = table.filter(task="definition", wording="train")
+    assert one.height == 12
+    more = phenotype.rows(obo, 4, 4, 2, 1)
+    assert {r["term"] for r in more if r["kind"] == "chat"} < {r["term"] for r in rows if r["kind"] == "chat"}

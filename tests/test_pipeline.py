@@ -1,0 +1,246 @@
+"""The real pipeline, run by the real DVC in a clone, on a tiny random model: caching is the product."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.conftest import clone, make_tiny, run
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "base": {"model": "data/model/tiny", "sha256": None},
+    "sft": {"num_train_epochs": 1, "per_device_train_batch_size": 16, "logging_steps": 2},
+    "dpo": {"num_train_epochs": 1, "per_device_train_batch_size": 16, "logging_steps": 2, "max_steps": 4},
+    "lora": {"r": 2, "lora_alpha": 4},
+    "merge": {"max_kl": 5.0, "prompts": 8},
+    "evaluate": {"limit": 4, "max_new_tokens": 8, "bootstrap": 100},
+    "pair": {"min_pairs": 1},
+}
+
+
+def edit(repo: Path, section: str, key: str, value: Any) -> None:
+    yaml = YAML()
+    data = yaml.load(repo / "params.yaml")
+    data[section][key] = value
+    yaml.dump(data, repo / "params.yaml")
+
+
+def ran(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def commit(repo: Path, message: str) -> None:
+    run(f"git add -A && git -c user.name=t -c user.email=t@example.org commit -qm {message}", repo)
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone in which the whole pipeline ran once on the tiny model."""
+    folder = clone(tmp_path_factory.mktemp("pipeline") / "repo")
+    make_tiny(folder / "data/model/tiny")
+    yaml = YAML()
+    data = yaml.load(folder / "params.yaml")
+    for section, changes in CHANGES.items():
+        data[section] |= changes
+    data["ingest"]["sources"][0] |= {"terms": 24, "invented": 16, "definitions_per_term": 1}
+    yaml.dump(data, folder / "params.yaml")
+    commit(folder, "tiny")
+    done = run("dvc repro", folder)
+    assert len(ran(done.stdout)) == 14, done.stdout
+    commit(folder, "ran")
+    return folder
+
+
+ORDER = [
+    "base",
+    "ingest",
+    "validate",
+    "split",
+    "template",
+    "sft",
+    "pair",
+    "reference",
+    "dpo",
+    "merge",
+    "evaluate@base",
+    "evaluate@sft",
+    "evaluate@dpo",
+    "report",
+]
+
+
+def changed(repo: Path) -> set[str]:
+    """Stages whose own deps, params or outputs changed."""
+    return set(json.loads(run("dvc status --json", repo).stdout.splitlines()[-1]))
+
+
+def test_again_nothing_runs(repo: Path) -> None:
+    assert ran(run("dvc repro", repo).stdout) == []
+    assert run("git status --porcelain", repo).stdout == ""
+
+
+def test_beta_reruns_dpo_and_what_follows_and_a_revert_restores(repo: Path) -> None:
+    before = {p: p.read_bytes() for p in (repo / "data").rglob("*") if p.is_file() and "event" not in p.name}
+    lock = (repo / "dvc.lock").read_bytes()
+    text = (repo / "params.yaml").read_text()
+    edit(repo, "dpo", "beta", 0.25)
+    done = run("dvc repro", repo)
+    assert ran(done.stdout) == ["dpo", "merge", "evaluate@dpo", "report"] or set(ran(done.stdout)) == {
+        "dpo",
+        "merge",
+        "evaluate@dpo",
+        "report",
+    }
+    difference = json.loads(run("dvc metrics diff --json", repo).stdout)
+    assert any("data/dpo/metrics.json" in path for path in difference)
+    assert "dpo.beta" in run("dvc params diff", repo).stdout
+    assert run("dvc plots diff -o /dev/null --json HEAD", repo, check=False).returncode in (0, 1)
+    (repo / "params.yaml").write_text(text)
+    done = run("dvc repro", repo)
+    assert ran(done.stdout) == []
+    assert done.stdout.count("is cached - skipping run") >= 3
+    assert (repo / "dvc.lock").read_bytes() == lock
+    after = {p: p.read_bytes() for p in (repo / "data").rglob("*") if p.is_file() and "event" not in p.name}
+    assert before == after
+
+
+def test_a_mistake_is_one_line_and_no_stage_runs_on(repo: Path) -> None:
+    text = (repo / "params.yaml").read_text()
+    edit(repo, "dpo", "bta", 0.25)
+    done = run("dvc repro", repo, check=False)
+    (repo / "params.yaml").write_text(text)
+    assert done.returncode != 0
+    assert "dpo.bta: unknown key, did you mean `beta`?" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def _declared(repo: Path) -> dict[str, tuple[set[str], set[str]]]:
+    """stage → (paths, params sections), as dvc.lock recorded them."""
+    lock = YAML(typ="safe").load(repo / "dvc.lock")["stages"]
+    return {
+        name: (
+            {dep["path"] for dep in stage["deps"]},
+            {key.split(".")[0] for key in stage.get("params", {}).get("params.yaml", {})},
+        )
+        for name, stage in lock.items()
+    }
+
+
+def test_one_byte_of_each_dependency_is_seen_by_exactly_its_stages(repo: Path) -> None:
+    declared = _declared(repo)
+    every = sorted({path for paths, _ in declared.values() for path in paths})
+    assert len(every) > 40
+    for path in every:
+        target = repo / path
+        if target.is_dir():
+            target = next(p for p in sorted(target.rglob("*")) if p.is_file() and "__pycache__" not in p.parts)
+        raw = target.read_bytes()
+        target.unlink()  # not in place: the file may share its blocks with the cache
+        target.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]) if raw else b"x")
+        try:
+            name = target.relative_to(repo).as_posix()
+            wanted = {
+                stage
+                for stage, (paths, _) in declared.items()
+                if any(name == p or name.startswith(f"{p}/") for p in paths)
+            }
+            owners = {stage for stage in declared if stage in changed(repo)} - wanted
+            assert wanted <= changed(repo), path
+            # whose output it is sees it too; nobody else does
+            assert all(f"/{owner.split('@')[0]}/" in f"/{name}" for owner in owners), (path, owners)
+        finally:
+            target.unlink()
+            target.write_bytes(raw)
+    assert changed(repo) == set()
+
+
+def test_one_value_of_each_param_is_seen_by_exactly_its_stages(repo: Path) -> None:
+    declared = _declared(repo)
+    text = (repo / "params.yaml").read_text()
+    yaml = YAML()
+    for section in sorted({s for _, sections in declared.values() for s in sections}):
+        data = yaml.load(text)
+        if isinstance(data[section], dict):
+            data[section]["zzz"] = 1
+        else:
+            data[section] = 43
+        yaml.dump(data, repo / "params.yaml")
+        try:
+            assert changed(repo) == {stage for stage, (_, sections) in declared.items() if section in sections}, section
+        finally:
+            (repo / "params.yaml").write_text(text)
+
+
+def test_a_clone_with_the_same_remote_runs_nothing(repo: Path, tmp_path: Path) -> None:
+    run(f"dvc remote add -d --local store {tmp_path / 'store'} && dvc push --run-cache", repo)
+    run(f"git clone -q {repo} {tmp_path / 'other'}", tmp_path)
+    other = tmp_path / "other"
+    run(f"dvc remote add -d --local store {tmp_path / 'store'} && dvc pull --run-cache", other)
+    assert ran(run("dvc repro", other).stdout) == []
+    assert (other / "data/merge/model/model.safetensors").read_bytes() == (
+        repo / "data/merge/model/model.safetensors"
+    ).read_bytes()
+
+
+def test_outputs_hold_no_path_host_or_time(repo: Path) -> None:
+    import socket
+
+    for path in sorted((repo / "data").rglob("*")):
+        if (
+            path.is_file()
+            and "event" not in path.name
+            and path.suffix in (".json", ".jsonl", ".md", ".html", ".csv", ".tsv")
+        ):
+            text = path.read_text(encoding="utf-8")
+            assert str(repo) not in text, path
+            assert "seconds" not in text or path.suffix in (".jsonl", ".html", ".md"), path
+            assert len(socket.gethostname()) < 5 or socket.gethostname() not in text, path
+
+
+def test_a_forced_run_changes_nothing(repo: Path) -> None:
+    lock = (repo / "dvc.lock").read_bytes()
+    run("dvc repro --force --single-item sft", repo)
+    run("dvc repro --force --single-item evaluate@dpo", repo)
+    assert (repo / "dvc.lock").read_bytes() == lock
+
+
+def test_talking_to_the_result(repo: Path) -> None:
+    done = run(
+        [
+            "python",
+            "-m",
+            "tasks.chat",
+            "data/merge/model",
+            "--compare",
+            "data/base/model",
+            "--compare",
+            "data/sft/adapter",
+            "--ask",
+            "What is kyphosis?",
+            "--max-new-tokens",
+            "4",
+        ],
+        repo,
+    )
+    assert done.stdout.count("---") == 3
+    missing = run(["python", "-m", "tasks.chat", "data/nothing", "--ask", "x"], repo, check=False)
+    assert missing.returncode == 1
+    assert "no model there" in missing.stdout
+
+
+def test_help_names_options_and_params(repo: Path) -> None:
+    for name in sorted({stage.split("@")[0] for stage in ORDER}):
+        text = run(["python", "-m", f"tasks.{name}", "--help"], repo).stdout
+        assert f"python -m tasks.{name}" in text
+        assert f"{name}: " in text.replace("\n", " ")
+
+
+def test_a_killed_stage_leaves_nothing_that_passes_for_finished(repo: Path) -> None:
+    shutil.rmtree(repo / "data/merge/model")
+    run("git checkout -q dvc.lock", repo)
+    assert "merge" in changed(repo)
+    assert ran(run("dvc repro merge", repo).stdout) == []
+    assert (repo / "data/merge/model/model.safetensors").is_file()
