@@ -12,7 +12,6 @@ that this one was trained from.
 
 import json
 import math
-import os
 import random
 import re
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from scipy import stats
 
@@ -163,7 +161,7 @@ def multiple_choice(
             choices = [f"The answer is {text}." for text in choices]
         encoded = [chat.encode_answer(tokenizer, _asked(row), text, template.system) for text in choices]
         if row["kind"] == "choice":  # what all options begin with is no part of the choice
-            shared = len(os.path.commonprefix(encoded))
+            shared = next(i for i, tokens in enumerate(zip(*encoded, strict=False)) if len(set(tokens)) > 1)
             prompt, encoded = prompt + encoded[0][:shared], [ids[shared:] for ids in encoded]
         for index, ids in enumerate(encoded):
             asked.append((prompt, ids))
@@ -188,7 +186,7 @@ def described(
 
     references = [row["messages"][-1]["content"] if row["kind"] == "chat" else "" for row in rows]
     masked = [mask(text, row["term"], row["lay"], ref) for text, row, ref in zip(texts, rows, references, strict=True)]
-    scripted = {s for s in (*phenotype.OPENINGS, *phenotype.CLOSINGS, *phenotype.ADVICE)}
+    scripted = {*phenotype.OPENINGS, *phenotype.CLOSINGS, *phenotype.ADVICE}
     for row, text, reference in zip(rows, texts, references, strict=True):
         item = items[row["id"]]
         item |= {

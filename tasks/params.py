@@ -130,7 +130,7 @@ class Report(Section):
     max_length_ratio: float = Field(3.0, gt=0, description="mean characters of an answer, DPO / SFT")
     max_loops: Fraction = Field(0.05, description="share of answers that say a run of four words three times")
     min_distinct_2: Fraction = Field(0.8, description="mean share of different word pairs in an answer")
-    max_kl: float = Field(0.5, gt=0, description="KL to the SFT model on its own answers, in nats per token")
+    max_kl: float = Field(1.0, gt=0, description="KL to the SFT model on its own answers, in nats per token")
     max_reward_gap: Fraction = Field(
         0.25, description="reward accuracy on held-out pairs less the share of answers that became kinder"
     )

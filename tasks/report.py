@@ -529,6 +529,8 @@ def _svg(title: str, unit: str, lines: Sequence[tuple[str, Sequence[tuple[float,
         for (label, steps), colour in zip(lines, colours[-len(lines) :], strict=True):
             style = "o-" if len(steps) < 16 else "-"
             axes.plot(*zip(*steps, strict=True), style, color=colour, lw=1.6, ms=4, label=label)
+        if min(value for _, steps in lines for _, value in steps) >= 0:
+            axes.set_ylim(bottom=0)  # a curve that starts elsewhere looks steeper than it is
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(unit)
         axes.grid(axis="y", color=grid, linewidth=0.6)

@@ -16,12 +16,16 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tasks import params as params_module
 from tasks.params import UserError
+
+# What a stage knows about the event beside its duration and memory, such as tokens per second.
+EVENT: dict[str, Any] = {}
 
 # Nothing phones home and nothing asks a hub unless a source in params.yaml names one.
 QUIET = {
@@ -54,6 +58,7 @@ def main(run: Callable[..., str], argv: list[str] | None = None) -> None:
     arguments = vars(parser.parse_args(argv))
     os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
     _die_with_parent()
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)  # transformers to trl and peft
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.time()
     try:
@@ -98,6 +103,7 @@ def _record(name: str, arguments: dict[str, Any], seconds: float, summary: str) 
         "seconds": round(seconds, 2),
         "peak_bytes": peak_bytes(),
         "summary": summary,
+        **EVENT,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),

@@ -14,7 +14,7 @@ import torch
 from dvclive import Live
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tasks import fast, models
+from tasks import fast, models, stage
 from tasks.params import ADDED, UserError
 
 CHECKPOINTS = Path(".checkpoints")
@@ -56,7 +56,7 @@ def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -
     }
 
 
-def checkpoint_folder(stage: str, inputs: Iterable[Path], settings: dict[str, Any]) -> Path:
+def checkpoint_folder(name: str, inputs: Iterable[Path], settings: dict[str, Any]) -> Path:
     """A git-ignored folder keyed by everything the run depends on: a changed input never resumes an old run."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for path in inputs:
@@ -65,7 +65,7 @@ def checkpoint_folder(stage: str, inputs: Iterable[Path], settings: dict[str, An
                 digest.update(file.name.encode())
                 with file.open("rb") as handle:
                     digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return CHECKPOINTS / f"{stage}-{digest.hexdigest()[:16]}"
+    return CHECKPOINTS / f"{name}-{digest.hexdigest()[:16]}"
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -89,6 +89,15 @@ def train(trainer: Any, folder: Path, given: dict[str, Any]) -> None:
     if resume:
         print(f"resuming from {resume}", flush=True)
     trainer.train(resume_from_checkpoint=resume)
+    runtime = next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), 0.0)
+    tokens = max((e.get("num_tokens", 0.0) for e in trainer.state.log_history), default=0.0)
+    stage.EVENT |= {
+        "model_bytes": trainer.model.get_memory_footprint(),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "tokens": tokens,
+        "tokens_per_second": None if resume or not runtime else round(tokens / runtime, 1),
+        "resumed_from": resume,
+    }
     shutil.rmtree(folder, ignore_errors=True)
     if CHECKPOINTS.is_dir() and not os.listdir(CHECKPOINTS):
         CHECKPOINTS.rmdir()

@@ -93,8 +93,8 @@ def test_broken_files(tmp_path, text: str, message: str) -> None:
 
 def test_a_float_without_a_point_is_a_float(tmp_path) -> None:
     text = (ROOT / "params.yaml").read_text()
-    (tmp_path / "params.yaml").write_text(text.replace("7.0e-4", "7e-4"))
-    assert params.load(tmp_path / "params.yaml")["sft"]["learning_rate"] == 7e-4
+    (tmp_path / "params.yaml").write_text(text.replace("6.0e-4", "6e-4"))
+    assert params.load(tmp_path / "params.yaml")["sft"]["learning_rate"] == 6e-4
 
 
 def test_fields_are_those_of_the_installed_classes() -> None:

