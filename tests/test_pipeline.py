@@ -112,6 +112,7 @@ def test_a_mistake_is_one_line_and_no_stage_runs_on(repo: Path) -> None:
     edit(repo, "dpo", "bta", 0.25)
     done = run("dvc repro", repo, check=False)
     (repo / "params.yaml").write_text(text)
+    run("dvc repro", repo)  # dvc clears a stage's outputs before it runs; the run cache gives them back
     assert done.returncode != 0
     assert "dpo.bta: unknown key, did you mean `beta`?" in done.stdout
     assert "Traceback" not in done.stdout

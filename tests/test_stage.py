@@ -95,7 +95,7 @@ def test_base_refuses_in_one_line(tmp_path: Path, model: str, message: str) -> N
 def test_wrong_hash_and_unknown_target(tmp_path: Path) -> None:
     (tmp_path / "data/model").mkdir(parents=True)
     (tmp_path / "data/model/a.gguf").write_bytes(b"GGUF")
-    assert "the file is another one" in _base(tmp_path, "data/model/a.gguf", sha256="0" * 64).stdout
+    assert "the file is another one" in _base(tmp_path, "data/model/a.gguf", sha256="'" + "0" * 64 + "'").stdout
     make_tiny(tmp_path / "data/model/tiny")
     text = (ROOT / "params.yaml").read_text().replace("target_modules: all-linear", "target_modules: [q_projj]")
     (tmp_path / "params.yaml").write_text(
