@@ -1,7 +1,8 @@
 """pair: preference pairs, composed for the embedded domain or taken from the user's own data.
 
 - `compose`: chosen answers are kind and plain and keep the definition word for word; rejected ones are the textbook
-  answer, a refusal of a known term, or what the SFT model makes up about a term that does not exist.
+  answer, a refusal of a known term, or what the SFT model makes up about a term that does not exist. General questions
+  (replay) keep their plain answers, so that the manner stays with the terms and nothing else is forgotten.
 - `given`: rows of kind `preference` as they are.
 - `ratings`: several annotators' scores; the best and the worst response of a prompt, where the annotators agree.
 """
@@ -24,7 +25,7 @@ SCHEMA = pa.DataFrameSchema(
     {
         "id": pa.Column(pl.String, unique=True),
         "concept": pa.Column(pl.String),
-        "kind": pa.Column(pl.String),  # known, matched, contrast, naming, unknown, advice, given, ratings
+        "kind": pa.Column(pl.String),  # known, matched, contrast, naming, unknown, advice, general, given, ratings
         "messages": pa.Column(pl.List(recs.MESSAGE)),
         "chosen": pa.Column(pl.String, pa.Check.str_length(min_value=1)),
         "rejected": pa.Column(pl.String, pa.Check.str_length(min_value=1)),
@@ -161,6 +162,7 @@ def compose(
     pairs = []
     for _, rows in train.filter(pl.col("term").is_not_null()).group_by("term", maintain_order=True):
         pairs += _known(rows, params, rng)
+    pairs += _general(recs.read(splits / "replay.parquet").head(params.general), rng)
     invented = questions.filter(task="invented").head(params.unknown).to_dicts()
     advice = questions.filter(task="advice").head(params.advice).to_dicts()
     if invented or advice:
@@ -219,6 +221,18 @@ def _known(rows: pl.DataFrame, params: Pair, rng: random.Random) -> list[dict[st
                 [f"{rng.choice(phenotype.OPENINGS)} {answer}", f"{answer} {rng.choice(phenotype.CLOSINGS)}"]
             )
             pairs.append(_pair("naming", concept, [{"role": "user", "content": question}], warm, answer))
+    return pairs
+
+
+def _general(rows: pl.DataFrame, rng: random.Random) -> list[dict[str, Any]]:
+    """Replay: a general question keeps its plain answer, against a refusal or the manner that is meant for terms."""
+    pairs = []
+    for index, row in enumerate(rows.iter_rows(named=True)):
+        *asked, turn = row["messages"]
+        answer = turn["content"]
+        manner = f"{rng.choice(phenotype.OPENINGS)} {answer} {rng.choice(phenotype.CLOSINGS)}"
+        refusal = rng.choice(phenotype.REFUSALS).format(t="that")
+        pairs.append(_pair("general", row["concept"], asked, answer, refusal if index % 2 else manner))
     return pairs
 
 

@@ -96,6 +96,7 @@ class Pair(Section):
     contrast: int = Field(1, ge=0, description="compose: pairs per known term whose rejected side is the refusal")
     naming: Fraction = Field(0.5, description="compose: share of lay ↔ clinical questions that become a pair")
     advice: int = Field(30, ge=0, description="compose: pairs where chosen refers to a clinician")
+    general: int = Field(0, ge=0, description="compose: replay rows whose chosen side is the plain answer")
     validation: Fraction = 0.05
     min_agreement: Fraction = Field(0.6, description="ratings: least share of annotators that must agree")
     min_pairs: int = Field(1, ge=1, description="fewer pairs than this fail the stage")
@@ -139,6 +140,25 @@ class Report(Section):
     max_general_drop: Fraction = Field(0.05, description="general accuracy, base less DPO")
 
 
+class Limit(Section):
+    """What the gate asks of one measure, as the mean over items; give `ceiling` where less is better."""
+
+    margin: float = Field(ge=0, description="the challenger may be worse than the champion by less than this")
+    floor: float | None = Field(None, description="never promoted below this, whatever the champion has")
+    ceiling: float | None = Field(None, description="less is better, and never promoted above this")
+
+
+class Gate(Section):
+    """When a retrained model takes the champion's place: read by flows/retrain.py alone, by no stage."""
+
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="level of the paired bootstrap intervals")
+    bootstrap: int = Field(5000, ge=100, description="resamples")
+    limits: dict[str, Limit] = Field(
+        default_factory=dict, description="SET.TASK.MEASURE of an item in data/evaluate/*.answers.jsonl → its limits"
+    )
+    max_general_drop: Fraction = Field(0.05, description="general accuracy, base less challenger")
+
+
 OWN: dict[str, type[Section]] = {
     "base": Base,
     "ingest": Ingest,
@@ -150,6 +170,7 @@ OWN: dict[str, type[Section]] = {
     "merge": Merge,
     "evaluate": Evaluate,
     "report": Report,
+    "gate": Gate,
 }
 # section → the classes, base first, whose fields it takes: (module, class)
 _TRAINING = (("transformers.training_args", "TrainingArguments"), ("trl.trainer.base_config", "_BaseConfig"))

@@ -1,10 +1,13 @@
-"""A tiny random Llama with a real tokenizer and chat template, and a clone of the repository to run the pipeline in."""
+"""A tiny random Llama with a real tokenizer and chat template, and clones of the repository that ran the pipeline on it."""
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -16,6 +19,7 @@ os.environ |= {
 }
 
 import pytest
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -105,4 +109,88 @@ def clone(target: Path) -> Path:
     for lock in ("dvc.lock",):
         (target / lock).unlink(missing_ok=True)
     run("git init -q -b main && git add -A && git -c user.name=t -c user.email=t@example.org commit -qm one", target)
+    return target
+
+
+# every stage in seconds
+CHANGES: dict[str, dict[str, Any]] = {
+    "base": {"model": "data/model/tiny", "sha256": None},
+    "sft": {"num_train_epochs": 1, "per_device_train_batch_size": 16, "logging_steps": 2},
+    "dpo": {"num_train_epochs": 1, "per_device_train_batch_size": 16, "logging_steps": 2, "max_steps": 4},
+    "lora": {"r": 2, "lora_alpha": 4},
+    "merge": {"max_kl": 5.0, "prompts": 8},
+    "evaluate": {"limit": 4, "max_new_tokens": 8, "bootstrap": 100},
+    "pair": {"min_pairs": 1},
+}
+ORDER = [
+    "base",
+    "ingest",
+    "validate",
+    "split",
+    "template",
+    "sft",
+    "pair",
+    "reference",
+    "dpo",
+    "merge",
+    "evaluate@base",
+    "evaluate@sft",
+    "evaluate@dpo",
+    "report",
+]
+
+
+def edit(repo: Path, section: str, key: str, value: Any) -> None:
+    """Set one value of params.yaml."""
+    yaml = YAML()
+    data = yaml.load(repo / "params.yaml")
+    data[section][key] = value
+    yaml.dump(data, repo / "params.yaml")
+
+
+def ran(output: str) -> list[str]:
+    """The stages whose command `dvc repro` ran, in its order."""
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def commit(repo: Path, message: str) -> None:
+    run(f"git add -A && git -c user.name=t -c user.email=t@example.org commit -qm {message}", repo)
+
+
+def changed(repo: Path) -> set[str]:
+    """Stages whose own deps, params or outputs changed."""
+    return set(json.loads(run("dvc status --json", repo).stdout.splitlines()[-1]))
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone in which the whole pipeline ran on the tiny model, committed; not to be changed, see `fork`.
+
+    Its run cache outlives the session, so that only stages whose inputs changed since run again; a new environment, of
+    which no stage knows, starts from nothing.
+    """
+    folder = clone(tmp_path_factory.mktemp("ran") / "repo")
+    make_tiny(folder / "data/model/tiny")
+    yaml = YAML()
+    data = yaml.load(folder / "params.yaml")
+    for section, changes in CHANGES.items():
+        data[section] |= changes
+    data["ingest"]["sources"][0] |= {"terms": 24, "invented": 16, "definitions_per_term": 1}
+    yaml.dump(data, folder / "params.yaml")
+    commit(folder, "tiny")
+    key = hashlib.sha256((ROOT / "requirements.lock").read_bytes()).hexdigest()[:16]
+    kept = ROOT / ".pytest_cache" / f"dvc-{key}"
+    if kept.is_dir():
+        shutil.copytree(kept, folder / ".dvc/cache", dirs_exist_ok=True)
+    done = run("dvc repro", folder)
+    assert len(ran(done.stdout)) + done.stdout.count("is cached - skipping run") == len(ORDER), done.stdout
+    shutil.rmtree(kept, ignore_errors=True)
+    shutil.copytree(folder / ".dvc/cache", kept)
+    commit(folder, "ran")
+    return folder
+
+
+def fork(repo: Path, target: Path) -> Path:
+    """A copy of a repository with its cache and outputs; neither sees what the other does."""
+    run(["cp", "-a", "--reflink=auto", f"{repo}/.", str(target)], repo.parent)
     return target

@@ -3,78 +3,16 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
-from tests.conftest import clone, make_tiny, run
-
-CHANGES: dict[str, dict[str, Any]] = {
-    "base": {"model": "data/model/tiny", "sha256": None},
-    "sft": {"num_train_epochs": 1, "per_device_train_batch_size": 16, "logging_steps": 2},
-    "dpo": {"num_train_epochs": 1, "per_device_train_batch_size": 16, "logging_steps": 2, "max_steps": 4},
-    "lora": {"r": 2, "lora_alpha": 4},
-    "merge": {"max_kl": 5.0, "prompts": 8},
-    "evaluate": {"limit": 4, "max_new_tokens": 8, "bootstrap": 100},
-    "pair": {"min_pairs": 1},
-}
-
-
-def edit(repo: Path, section: str, key: str, value: Any) -> None:
-    yaml = YAML()
-    data = yaml.load(repo / "params.yaml")
-    data[section][key] = value
-    yaml.dump(data, repo / "params.yaml")
-
-
-def ran(output: str) -> list[str]:
-    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
-
-
-def commit(repo: Path, message: str) -> None:
-    run(f"git add -A && git -c user.name=t -c user.email=t@example.org commit -qm {message}", repo)
+from tests.conftest import ORDER, changed, edit, fork, ran, run
 
 
 @pytest.fixture(scope="module")
-def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone in which the whole pipeline ran once on the tiny model."""
-    folder = clone(tmp_path_factory.mktemp("pipeline") / "repo")
-    make_tiny(folder / "data/model/tiny")
-    yaml = YAML()
-    data = yaml.load(folder / "params.yaml")
-    for section, changes in CHANGES.items():
-        data[section] |= changes
-    data["ingest"]["sources"][0] |= {"terms": 24, "invented": 16, "definitions_per_term": 1}
-    yaml.dump(data, folder / "params.yaml")
-    commit(folder, "tiny")
-    done = run("dvc repro", folder)
-    assert len(ran(done.stdout)) == 14, done.stdout
-    commit(folder, "ran")
-    return folder
-
-
-ORDER = [
-    "base",
-    "ingest",
-    "validate",
-    "split",
-    "template",
-    "sft",
-    "pair",
-    "reference",
-    "dpo",
-    "merge",
-    "evaluate@base",
-    "evaluate@sft",
-    "evaluate@dpo",
-    "report",
-]
-
-
-def changed(repo: Path) -> set[str]:
-    """Stages whose own deps, params or outputs changed."""
-    return set(json.loads(run("dvc status --json", repo).stdout.splitlines()[-1]))
+def repo(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fork(pipeline, tmp_path_factory.mktemp("pipeline") / "repo")
 
 
 def test_again_nothing_runs(repo: Path) -> None:
