@@ -1,0 +1,120 @@
+"""A small DVC repository of shell stages, for what would take a model too long to show: seconds, locks, kills."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.conftest import ROOT, run
+
+GRAPH = """\
+stages:
+  first:
+    cmd: >-
+      echo first >> log; cat in > one; echo '{"size": 1.5}' > first.json
+    deps: [in]
+    outs: [one]
+    metrics: [first.json: {cache: false}]
+  slow:
+    cmd: python slow.py
+    deps: [one, slow.py]
+    params: [slow]
+    outs: [two]
+    meta: {gpu: true}
+  each:
+    foreach: [a, b]
+    do:
+      cmd: >-
+        echo ${item} >> log; cat one > ${item}.out; date +%s.%N >> ${item}.times; sleep 1; date +%s.%N >> ${item}.times
+      deps: [one]
+      outs: [ "${item}.out" ]
+  report:
+    cmd: echo report >> log; cat two a.out > report.md
+    deps: [two, a.out]
+    outs: [report.md]
+"""
+SLOW = """\
+import json, os, subprocess, sys, time
+from pathlib import Path
+from tasks.stage import _die_with_parent
+_die_with_parent()
+open("log", "a").write("slow\\n")
+child = subprocess.Popen(["sleep", "300"]) if os.environ.get("GRANDCHILD") else None
+Path("pids").write_text(f"{os.getpid()} {child.pid if child else os.getpid()}")
+seconds = float(os.environ.get("SLOW_SECONDS", "0"))
+step = Path("checkpoint")
+for n in range(int(step.read_text()) if step.exists() else 0, 10):
+    print(f"{n * 10}%|##        | {n}/10 [00:00<?, ?it/s]", end="\\r", file=sys.stderr, flush=True)
+    time.sleep(seconds / 10)
+    step.write_text(str(n + 1))
+print(f"100%|##########| 10/10 [00:00<?, ?it/s]", file=sys.stderr)
+step.unlink()
+if os.environ.get("FAIL"):
+    sys.exit(os.environ["FAIL"])
+Path("two").write_text(Path("one").read_text())
+if child: child.kill()
+"""
+
+
+def make(folder: Path) -> Path:
+    """The repository, committed, nothing run yet."""
+    folder.mkdir()
+    run("git init -q -b main && dvc init -q && dvc config core.analytics false", folder)
+    (folder / "dvc.yaml").write_text(GRAPH)
+    (folder / "slow.py").write_text(SLOW)
+    (folder / "params.yaml").write_text("slow: 1\n")
+    (folder / "in").write_text("input\n")
+    (folder / ".gitignore").write_text("log\n*.times\npids\ncheckpoint\n__pycache__/\n")
+    run("git add -A && git -c user.name=t -c user.email=t@example.org commit -qm one", folder)
+    return folder
+
+
+def log(repo: Path) -> list[str]:
+    """The stages whose commands ran, in order."""
+    return (repo / "log").read_text().split() if (repo / "log").exists() else []
+
+
+def alive(pid: int) -> bool:
+    """Running, and no zombie."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def until(condition, seconds: float = 60, what: str = "it did not happen") -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def pids(repo: Path) -> list[int]:
+    """Of the running `slow` and its child, once it runs."""
+    until(lambda: (repo / "pids").exists() and len((repo / "pids").read_text().split()) == 2, what="slow did not start")
+    return [int(pid) for pid in (repo / "pids").read_text().split()]
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return os.environ | {"PYTHONPATH": str(ROOT), "PATH": path} | more
+
+
+def start(command: list[str], repo: Path, **env: str) -> "subprocess.Popen[str]":
+    """A program beside the test, in a group of its own."""
+    return subprocess.Popen(
+        command, cwd=repo, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: "subprocess.Popen[str]", seconds: float = 120) -> str:
+    """Its output, when it ended; it is killed if it does not."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
