@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run test lint lock clean
+.PHONY: help setup run flow ui test lint lock clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -30,6 +30,16 @@ lock: ## resolve pyproject.toml into requirements.lock again
 run: setup ## run the pipeline to data/report/report.html
 	python -m tasks.params
 	dvc repro
+
+flow: setup ## the same as a Prefect flow, with nothing started before
+	python -m flows.pipeline
+
+ui: setup ## Prefect's page on http://127.0.0.1:4200, with the flows ready to start
+	python -m flows.serve --start-server
+
+flow: setup ## the same pipeline as a Prefect flow, nothing started before
+	python -m tasks.params
+	python -m flows.pipeline
 
 test: setup ## format check, lint, types and the whole test suite
 	python -m pytest

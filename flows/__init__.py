@@ -1,1 +1,1 @@
-"""Where the Prefect flows derived from dvc.yaml belong; there are none yet, `dvc repro` runs the graph."""
+"""dvc.yaml in Prefect: the same graph run, scheduled, gated and shared. Only `stages` imports dvc; nothing here loads torch."""

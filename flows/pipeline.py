@@ -1,0 +1,296 @@
+"""dvc.yaml as a Prefect flow: one task run per stage, in graph order, each delegating to DVC.
+
+    python -m flows.pipeline [STAGE …] [--pull] [--timeout SECONDS]
+
+Nothing has to be started before: without a server's address Prefect starts its own, with SQLite, for as long as the flow
+runs. A task run ends *Completed* when its stage ran, or *Cached*, with the reason as its message. DVC alone decides which;
+Prefect caches nothing.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+# before prefect is imported, which reads them then
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+
+from prefect import flow, get_client, get_run_logger, task
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.client.schemas.objects import State
+from prefect.concurrency.sync import concurrency
+from prefect.context import FlowRunContext
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.futures import PrefectFuture
+from prefect.states import Cancelled, Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import Field
+
+from flows import stages
+from flows.stages import Outcome, Planned, Stopped
+from tasks.params import UserError
+
+LEASE = 60.0  # seconds after which the slot of a flow that was killed is free again
+POLL = 2.0  # seconds between two looks whether the run was cancelled
+# a trainer's bar has no name: " 35%|███▌      | 42/120 [00:31<00:55,  1.40it/s]"
+BAR = re.compile(r"^\s*(\d+)%\|.*\| (\d+)/(\d+) \[")
+
+
+def _is_transient(_task: Any, _run: Any, state: State[Any]) -> bool:
+    return state.name == "Transient"
+
+
+@task(
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=2,
+    retry_delay_seconds=[5, 30],
+    retry_condition_fn=_is_transient,
+)
+def run_stage(
+    planned: Planned,
+    upstream: list[Any],
+    root: Path,
+    pull: bool,
+    timeout: float | None,
+    gpu: str,
+    stop: threading.Event,
+) -> State[Any]:
+    """One stage through DVC, after `upstream`, the outcomes of those that it reads. Without any change DVC is not asked."""
+    logger = get_run_logger()
+    if not planned.changed and all(outcome.did == "unchanged" for outcome in upstream):
+        outcome = Outcome("unchanged")
+        return Completed(name="Cached", message=outcome.message, data=outcome)
+    for reason in planned.reasons:
+        logger.info("because: %s", reason)
+    try:
+        with _slot(gpu, stop, logger) if planned.gpu else contextlib.nullcontext():
+            progress = Progress(planned.name)
+
+            def log(line: str) -> None:
+                logger.info("%s", line)
+                progress.see(line)
+
+            outcome = stages.execute(root, planned.name, log, timeout or planned.timeout, pull, stop)
+            progress.done()
+    except Stopped:
+        return Cancelled(message="stopped with its flow; nothing that it started is left")
+    except stages.StageTransient as error:
+        return Failed(name="Transient", message=str(error))
+    except stages.StageTimedOut as error:
+        return Failed(name="TimedOut", message=f"{planned.name}: {error}")
+    except UserError as error:
+        return Failed(message=str(error))
+    if outcome.did != "unchanged":
+        _metrics_artifact(root, planned)
+    if outcome.did == "ran":
+        return Completed(message=outcome.message, data=outcome)
+    return Completed(name="Cached", message=outcome.message, data=outcome)
+
+
+@flow(name="pipeline", task_runner=ThreadPoolTaskRunner(), validate_parameters=True)  # type: ignore[arg-type]
+def pipeline(
+    repo: Annotated[Path | None, Field(description="folder of the DVC repository; empty: where the flow runs")] = None,
+    targets: Annotated[
+        list[str] | None, Field(description="stages to bring up to date, with all that they need; empty: every stage")
+    ] = None,
+    pull: Annotated[
+        bool, Field(description="fetch what is missing from the DVC remote instead of computing it")
+    ] = False,
+    timeout: Annotated[
+        float | None,
+        Field(gt=0, description="seconds that one stage may take; empty: `meta.timeout` of the stage, or no limit"),
+    ] = None,
+    gpu: Annotated[
+        str, Field(min_length=1, description="concurrency limit that GPU stages hold; give each machine its own")
+    ] = "gpu",
+) -> Any:
+    """Bring the stages of dvc.yaml up to date, as `dvc repro` would.
+
+    Returns name → `Outcome` of every stage; ends *Failed* with the stage's own words, or *Cancelled*.
+    """
+    logger = get_run_logger()
+    root = (repo or Path.cwd()).resolve()
+    stop = threading.Event()
+    futures: dict[str, PrefectFuture[Any]] = {}
+    try:
+        with stages.turn(root, logger.info, stop):
+            planned = stages.plan(root, targets)
+            for each in planned:
+                futures[each.name] = run_stage.with_options(name=each.name, task_run_name=each.name).submit(
+                    each, [futures[name] for name in each.upstream], root, pull, timeout, gpu, stop
+                )
+            states = _wait(futures, stop)
+    except UserError as error:
+        return Failed(message=str(error))
+    finally:
+        stop.set()  # also when this flow is terminated: every guard then ends what it started
+    outcomes = {name: states[name].data for name in states}
+    failed = [str(state.message) for state in states.values() if state.is_failed()]
+    if any(state.is_cancelled() for state in states.values()) and not failed:
+        return Cancelled(message="cancelled; what was running has been ended")
+    if failed:
+        skipped = [name for name, state in states.items() if state.name == "NotReady"]
+        return Failed(message="; ".join(failed) + (f"; not run: {', '.join(skipped)}" if skipped else ""))
+    results = {name: futures[name].result() for name in outcomes}
+    _report_artifact(root, planned)
+    counts = {said: sum(o.did == did for o in results.values()) for did, said in stages.SAID.items()}
+    message = ", ".join(f"{count} {said}" for said, count in counts.items() if count) or "no stages"
+    return Completed(message=message, data=results)
+
+
+def _wait(futures: dict[str, PrefectFuture[Any]], stop: threading.Event) -> dict[str, State[Any]]:
+    """The last state of each. A run that somebody set to *Cancelling* is stopped, though no runner watches over it."""
+    context = FlowRunContext.get()
+    assert context is not None
+    assert context.flow_run is not None
+    with get_client(sync_client=True) as client:
+        for future in futures.values():
+            while True:
+                future.wait(POLL)
+                state = future.state
+                if state.is_final() or state.name == "NotReady":
+                    break
+                if not stop.is_set():
+                    seen = client.read_flow_run(context.flow_run.id).state
+                    if seen is not None and (seen.is_cancelling() or seen.is_cancelled()):
+                        stop.set()
+    return {name: future.state for name, future in futures.items()}
+
+
+@contextlib.contextmanager
+def _slot(name: str, stop: threading.Event, logger: Any) -> Iterator[None]:
+    """One of the slots of the global concurrency limit `name`, which is made with one slot where it is missing.
+
+    Raises:
+        Stopped: `stop` was set while waiting.
+    """
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(name)
+        except ObjectNotFound:
+            with contextlib.suppress(ObjectAlreadyExists):
+                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
+    said = False
+    while True:
+        # strict: a limit that is missing would be skipped without a word. A lease that can't be renewed for a moment must
+        # not end a training. The wait is cut in pieces, so that a cancelled flow does not wait for its turn.
+        slot = concurrency(
+            name, timeout_seconds=5, lease_duration=LEASE, strict=True, raise_on_lease_renewal_failure=False
+        )
+        try:
+            slot.__enter__()
+            break
+        except TimeoutError:
+            if not said:
+                logger.info("waiting for a slot of the concurrency limit %s", name)
+                said = True
+            if stop.is_set():
+                raise Stopped from None
+    try:
+        yield
+    finally:
+        slot.__exit__(None, None, None)
+
+
+class Progress:
+    """A training's bar as a progress artifact: the first bar without a name in the log of a stage."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.total: str | None = None
+        self.loss = ""
+        self.artifact: Any = None
+
+    def see(self, line: str) -> None:
+        if loss := re.search(r"'loss': '?([-\d.e]+)", line):
+            self.loss = f", loss {loss[1]}"
+        bar = BAR.match(line)
+        if not bar or (self.total and bar[3] != self.total):
+            return
+        self.total = bar[3]
+        said = f"{self.stage}: step {bar[2]} of {bar[3]}{self.loss}"
+        if self.artifact is None:
+            self.artifact = create_progress_artifact(
+                float(bar[1]), key=f"{_key(self.stage)}-progress", description=said
+            )
+        else:
+            update_progress_artifact(self.artifact, float(bar[1]), description=said)
+
+    def done(self) -> None:
+        if self.artifact is not None:
+            update_progress_artifact(self.artifact, 100.0, description=f"{self.stage}: done{self.loss}")
+
+
+def _key(stage: str) -> str:
+    """Artifact keys take lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", stage.lower()).strip("-")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _metrics_artifact(root: Path, planned: Planned) -> None:
+    rows = [
+        {
+            "metric": metric.name,
+            "value": _number(metric.value),
+            "HEAD": "" if metric.head is None else _number(metric.head),
+            "change": "" if metric.change is None else f"{metric.change:+.6g}",
+        }
+        for metric in stages.metrics(root, planned.metrics)
+        if not isinstance(metric.value, list)
+    ]
+    if rows:
+        create_table_artifact(
+            rows,
+            key=f"{_key(planned.name)}-metrics",
+            description=f"Metrics of {planned.name} and their change since HEAD",
+        )
+
+
+def _report_artifact(root: Path, planned: Sequence[Planned]) -> None:
+    for path in (out for each in planned if each.name == "report" for out in each.outputs if out.endswith(".md")):
+        create_markdown_artifact(
+            (root / path).read_text(encoding="utf-8"), key="report", description="The report of this run"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The flow from a command line; 0 if all stages are up to date."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("targets", nargs="*", metavar="STAGE", help="stages to bring up to date; default: all")
+    parser.add_argument("--pull", action="store_true", help="fetch what is missing from the DVC remote")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="how long one stage may take")
+    parser.add_argument("--gpu", default="gpu", metavar="NAME", help="concurrency limit that GPU stages hold")
+    given = parser.parse_args(arguments)
+    if given.timeout is not None and given.timeout <= 0:
+        parser.error(f"--timeout: expected seconds above 0, found {given.timeout:g}")
+    try:
+        state: Any = pipeline(
+            targets=given.targets or None, pull=given.pull, timeout=given.timeout, gpu=given.gpu, return_state=True
+        )
+    except KeyboardInterrupt:
+        return 130
+    print(f"pipeline: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr, flush=True)
+    return 0 if state.is_completed() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
