@@ -13,14 +13,17 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
+from uuid import UUID
 
 # before prefect is imported, which reads them then
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 
+import httpx
 from prefect import flow, get_client, get_run_logger, task
 from prefect.artifacts import (
     create_markdown_artifact,
@@ -29,11 +32,12 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import State
 from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException
 from prefect.futures import PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -43,7 +47,7 @@ from flows import stages
 from flows.stages import Outcome, Planned, Stopped
 from tasks.params import UserError
 
-LEASE = 60.0  # seconds after which the slot of a flow that was killed is free again
+LEASE = 60.0  # seconds, the least that Prefect takes, after which the slot of a flow that was killed is free again
 POLL = 2.0  # seconds between two looks whether the run was cancelled
 # a trainer's bar has no name: " 35%|███▌      | 42/120 [00:31<00:55,  1.40it/s]"
 BAR = re.compile(r"^\s*(\d+)%\|.*\| (\d+)/(\d+) \[")
@@ -103,24 +107,22 @@ def run_stage(
 
 @flow(name="pipeline", task_runner=ThreadPoolTaskRunner(), validate_parameters=True)  # type: ignore[arg-type]
 def pipeline(
-    repo: Annotated[Path | None, Field(description="folder of the DVC repository; empty: where the flow runs")] = None,
-    targets: Annotated[
-        list[str] | None, Field(description="stages to bring up to date, with all that they need; empty: every stage")
-    ] = None,
-    pull: Annotated[
-        bool, Field(description="fetch what is missing from the DVC remote instead of computing it")
-    ] = False,
-    timeout: Annotated[
-        float | None,
-        Field(gt=0, description="seconds that one stage may take; empty: `meta.timeout` of the stage, or no limit"),
-    ] = None,
-    gpu: Annotated[
-        str, Field(min_length=1, description="concurrency limit that GPU stages hold; give each machine its own")
-    ] = "gpu",
+    repo: Path | None = None,
+    targets: list[str] | None = None,
+    pull: bool = False,
+    timeout: Annotated[float, Field(gt=0)] | None = None,
+    gpu: Annotated[str, Field(min_length=1)] = "gpu",
 ) -> Any:
     """Bring the stages of dvc.yaml up to date, as `dvc repro` would.
 
     Returns name → `Outcome` of every stage; ends *Failed* with the stage's own words, or *Cancelled*.
+
+    Args:
+        repo: folder of the DVC repository; empty: where the flow runs
+        targets: stages to bring up to date, with all that they need; empty: every stage
+        pull: fetch what is missing from the DVC remote instead of computing it
+        timeout: seconds that one stage may take; empty: the stage's own `meta.timeout`, or no limit
+        gpu: concurrency limit that GPU stages hold; give each machine its own
     """
     logger = get_run_logger()
     root = (repo or Path.cwd()).resolve()
@@ -158,17 +160,34 @@ def _wait(futures: dict[str, PrefectFuture[Any]], stop: threading.Event) -> dict
     assert context is not None
     assert context.flow_run is not None
     with get_client(sync_client=True) as client:
-        for future in futures.values():
+        for name, future in futures.items():
             while True:
                 future.wait(POLL)
                 state = future.state
                 if state.is_final() or state.name == "NotReady":
+                    if state.name == "NotReady":
+                        _name(client, future.task_run_id, name)
                     break
                 if not stop.is_set():
                     seen = client.read_flow_run(context.flow_run.id).state
                     if seen is not None and (seen.is_cancelling() or seen.is_cancelled()):
                         stop.set()
     return {name: future.state for name, future in futures.items()}
+
+
+def _name(client: SyncPrefectClient, run: UUID, name: str) -> None:
+    """Prefect 3.8.8 names a task run when it begins, and one that is NotReady never does.
+
+    Its record is written from an event, name and all, so that the name has to come after that.
+    """
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ObjectNotFound):
+            state = client.read_task_run(run).state
+            if state is not None and state.name == "NotReady":
+                client.set_task_run_name(run, name)
+                return
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -282,13 +301,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.timeout is not None and given.timeout <= 0:
         parser.error(f"--timeout: expected seconds above 0, found {given.timeout:g}")
-    try:
-        state: Any = pipeline(
+    return finish(
+        "pipeline",
+        lambda: pipeline(
             targets=given.targets or None, pull=given.pull, timeout=given.timeout, gpu=given.gpu, return_state=True
-        )
+        ),
+    )
+
+
+def finish(name: str, run: Callable[[], Any]) -> int:
+    """Run a flow for a command line: its state's message as the last line, and an exit code; no traceback of Prefect's."""
+    try:
+        state = run()
     except KeyboardInterrupt:
         return 130
-    print(f"pipeline: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr, flush=True)
+    except (PrefectException, httpx.HTTPError, RuntimeError) as error:  # RuntimeError: "Failed to reach API"
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 1
+    print(f"{name}: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr, flush=True)
     return 0 if state.is_completed() else 1
 
 

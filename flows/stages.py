@@ -53,6 +53,10 @@ TRANSIENT = re.compile(
     r"|NetworkError|Network is unreachable|SlowDown|Too Many Requests|\b50[0234] (?:Server|Bad|Service|Gateway|Internal)"
 )
 BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock")
+# what DVC advises after every stage
+HINT = re.compile(
+    r"To track the changes with git, run:|\s+git add |To enable auto staging, run:|\s+dvc config core\.autostage|Use `dvc push` to send"
+)
 PROGRESS_SECONDS = 5.0  # a progress bar is logged that often, though it is drawn ten times a second
 
 
@@ -366,7 +370,8 @@ class Lines:
             self.bar = ""
         if text.strip():
             self.kept.append(text)
-            self.log(text)
+            if not HINT.match(text):
+                self.log(text)
 
     def flush(self) -> None:
         if self.bar:

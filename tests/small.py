@@ -41,6 +41,7 @@ from pathlib import Path
 from tasks.stage import _die_with_parent
 _die_with_parent()
 open("log", "a").write("slow\\n")
+began = time.time()
 child = subprocess.Popen(["sleep", "300"]) if os.environ.get("GRANDCHILD") else None
 Path("pids").write_text(f"{os.getpid()} {child.pid if child else os.getpid()}")
 seconds = float(os.environ.get("SLOW_SECONDS", "0"))
@@ -53,7 +54,11 @@ print(f"100%|##########| 10/10 [00:00<?, ?it/s]", file=sys.stderr)
 step.unlink()
 if os.environ.get("FAIL"):
     sys.exit(os.environ["FAIL"])
+if os.environ.get("FAIL_ONCE") and not Path("failed.times").exists():
+    Path("failed.times").touch()
+    sys.exit(os.environ["FAIL_ONCE"])
 Path("two").write_text(Path("one").read_text())
+open("slow.times", "a").write(f"{began}\\n{time.time()}\\n")
 if child: child.kill()
 """
 
@@ -118,3 +123,13 @@ def finish(process: "subprocess.Popen[str]", seconds: float = 120) -> str:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def times(path: Path) -> list[tuple[float, float]]:
+    """When a stage's commands began and ended."""
+    read = [float(line) for line in path.read_text().split()]
+    return list(zip(read[::2], read[1::2], strict=True))
+
+
+def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]

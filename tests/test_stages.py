@@ -292,15 +292,14 @@ class TestExecute:
 
 
 class TestGuard:
-    @pytest.mark.parametrize("number", ["KILL", "TERM", "INT"])
-    def test_nothing_survives_whoever_started_it(self, repo: Path, number: str) -> None:
+    def test_nothing_survives_the_kill_of_whoever_started_it(self, repo: Path) -> None:
         (repo / "params.yaml").write_text("slow: 2\n")
         (repo / "pids").unlink(missing_ok=True)
         code = "from pathlib import Path; from flows import stages; stages.execute(Path('.').resolve(), 'slow', print)"
-        process = small.start([sys.executable, "-c", code], repo, SLOW_SECONDS="60", GRANDCHILD="1")
+        process = small.start([sys.executable, "-c", code], repo, SLOW_SECONDS="10", GRANDCHILD="1")
         pids = small.pids(repo)
         small.until(lambda: (repo / "checkpoint").exists())
-        run(f"kill -{number} {process.pid}", repo)
+        process.kill()
         small.finish(process)
         small.until(lambda: not any(small.alive(pid) for pid in pids), 20, "the training was orphaned")
         done = run([sys.executable, "-c", code], repo, SLOW_SECONDS="0.1", GRANDCHILD="", PYTHONPATH=str(ROOT))
@@ -365,9 +364,8 @@ def test_layers(path: Path) -> None:
     text = path.read_text()
     if path.stem != "stages":
         assert not re.search(r"^\s*(?:from|import) dvc\b", text, re.MULTILINE)
-    for module in re.findall(r"^\s*from tasks(?:\.(\w+))? import", text, re.MULTILINE) + re.findall(
-        r"^\s*import tasks\.(\w+)", text, re.MULTILINE
-    ):
-        assert module == "params"
+    for module, names in re.findall(r"^\s*from tasks(?:\.(\w+))? import (.+)$", text, re.MULTILINE):
+        assert (module or names) == "params"
+    assert not re.search(r"^\s*import tasks", text, re.MULTILINE)
     code = f"import sys, flows.{path.stem}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     run([sys.executable, "-c", code], ROOT)

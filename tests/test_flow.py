@@ -1,0 +1,303 @@
+"""The flow `pipeline` against a real server: what it runs, skips, shows, and how it ends."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import server, small
+from tests.conftest import ORDER, ROOT, edit, fork, ran, run
+
+FLOW = [sys.executable, "-m", "flows.pipeline"]
+
+
+@pytest.fixture(scope="module")
+def api() -> server.Server:
+    return server.start()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, api: server.Server) -> Path:
+    """A small repository which the flow ran from nothing, committed."""
+    repo = small.make(tmp_path_factory.mktemp("flow") / "repo")
+    flow(api, repo)
+    run("git add -A && git -c user.name=t -c user.email=t@example.org commit -qm ran", repo)
+    return repo
+
+
+@pytest.fixture
+def repo(done: Path, tmp_path: Path) -> Path:
+    copy = fork(done, tmp_path / "repo")
+    for name in ("log", "pids", "slow.times", "a.times", "b.times"):
+        (copy / name).unlink(missing_ok=True)
+    return copy
+
+
+def flow(api: server.Server, repo: Path, *arguments: str, check: bool = True, **env: str) -> str:
+    """Output of the flow on a command line."""
+    return run([*FLOW, *arguments], repo, check=check, PYTHONPATH=str(ROOT), **(api.env | env)).stdout
+
+
+def begin(api: server.Server, repo: Path, *arguments: str, **env: str) -> "subprocess.Popen[str]":
+    return small.start([*FLOW, *arguments], repo, **(api.env | env))
+
+
+class TestWhatRuns:
+    def test_from_nothing_everything_ran_and_is_shown(self, api: server.Server, tmp_path: Path) -> None:
+        repo = small.make(tmp_path / "repo")
+        output = flow(api, repo, SLOW_SECONDS="6.5")
+        assert output.splitlines()[-1] == "pipeline: 5 ran"
+        found = api.newest()
+        assert (found["state"]["name"], found["state"]["message"]) == ("Completed", "5 ran")
+        assert api.tasks(found["id"]) == dict.fromkeys(
+            ("first", "slow", "each@a", "each@b", "report"), ("Completed", "ran")
+        )
+        log = small.log(repo)
+        assert sorted(log) == ["a", "b", "first", "report", "slow"]
+        assert log.index("first") < log.index("slow") < log.index("report")
+        assert small.overlap(small.times(repo / "a.times")[0], small.times(repo / "b.times")[0])
+        assert run("dvc status -q", repo, check=False).returncode == 0
+        artifacts = api.artifacts(found["id"])
+        assert set(artifacts) == {"first-metrics", "slow-progress", "report"}
+        assert artifacts["slow-progress"]["data"] == 100
+        assert json.loads(artifacts["first-metrics"]["data"]) == [
+            {"metric": "size", "value": "1.5", "HEAD": "", "change": ""}
+        ]
+        assert artifacts["report"]["data"] == "input\ninput\n"
+        lines = api.logs(found["id"])
+        assert "Running stage 'slow':" in lines
+        assert any("%|" in line for line in lines)
+
+    def test_again_all_is_cached(self, api: server.Server, repo: Path) -> None:
+        assert flow(api, repo).splitlines()[-1] == "pipeline: 5 unchanged"
+        assert set(api.tasks(api.newest()["id"]).values()) == {("Cached", "unchanged")}
+        assert small.log(repo) == []
+        assert run("git status --porcelain", repo).stdout == ""
+        assert set(api.artifacts(api.newest()["id"])) == {"report"}
+
+    @pytest.mark.parametrize(
+        ("path", "before", "after", "expected"),
+        [
+            ("in", "input", "other", {"first", "slow", "each@a", "each@b", "report"}),
+            ("slow.py", "import json", "import  json", {"slow"}),
+        ],
+    )
+    def test_exactly_what_depends_on_a_change_runs_and_a_revert_restores(
+        self, api: server.Server, repo: Path, path: str, before: str, after: str, expected: set[str]
+    ) -> None:
+        text, lock = (repo / path).read_text(), (repo / "dvc.lock").read_bytes()
+        (repo / path).write_text(text.replace(before, after))
+        flow(api, repo)
+        tasks = api.tasks(api.newest()["id"])
+        assert {name for name, (state, _) in tasks.items() if state == "Completed"} == expected
+        assert {said for state, said in tasks.values() if state == "Cached"} <= {"unchanged"}
+        assert {"a": "each@a", "b": "each@b"}.keys() & set(small.log(repo)) <= {"a", "b"}
+        assert len(small.log(repo)) == len(expected)
+        (repo / path).write_text(text)
+        flow(api, repo)
+        tasks = api.tasks(api.newest()["id"])
+        assert {name for name, (_, said) in tasks.items() if said == "restored from run cache"} == expected
+        assert len(small.log(repo)) == len(expected)
+        assert (repo / "dvc.lock").read_bytes() == lock
+
+    def test_pull(self, api: server.Server, repo: Path, tmp_path: Path) -> None:
+        run(f"dvc remote add -q -d store {tmp_path / 'store'} && dvc push -q", repo)
+        run("rm -rf .dvc/cache one two a.out b.out report.md", repo)
+        assert flow(api, repo, "--pull").splitlines()[-1] == "pipeline: 5 pulled from remote"
+        assert small.log(repo) == []
+
+    def test_only_a_target(self, api: server.Server, repo: Path) -> None:
+        (repo / "in").write_text("other\n")
+        assert flow(api, repo, "each@a").splitlines()[-1] == "pipeline: 2 ran"
+        assert small.log(repo) == ["first", "a"]
+
+
+class TestHowItEnds:
+    def test_a_failure_is_one_line_and_is_not_tried_again(self, api: server.Server, repo: Path) -> None:
+        (repo / "params.yaml").write_text("slow: 2\n")
+        output = flow(api, repo, check=False, FAIL="slow: row 3: a check failed")
+        assert output.splitlines()[-1] == "pipeline: slow: slow: row 3: a check failed; not run: report"
+        assert "Traceback" not in output
+        assert small.log(repo) == ["slow"]
+        tasks = api.tasks(api.newest()["id"])
+        assert tasks["slow"][0] == "Failed"
+        assert tasks["report"][0] == "NotReady"
+        assert tasks["each@a"] == ("Cached", "unchanged")
+
+    def test_a_lost_network_is_tried_again(self, api: server.Server, repo: Path) -> None:
+        (repo / "params.yaml").write_text("slow: 2\n")
+        output = flow(api, repo, FAIL_ONCE="ConnectionError: nobody there")
+        assert output.splitlines()[-1] == "pipeline: 1 ran, 4 unchanged"
+        assert small.log(repo) == ["slow", "slow"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["slo"], "did you mean `slow`"),
+            (["--timeout", "-1"], "expected seconds above 0"),
+            (["--nonsense"], "unrecognized"),
+        ],
+    )
+    def test_a_mistake_is_one_line(self, api: server.Server, repo: Path, arguments: list[str], said: str) -> None:
+        done = run([*FLOW, *arguments], repo, check=False, PYTHONPATH=str(ROOT), **api.env)
+        assert done.returncode != 0
+        assert said in done.stdout.splitlines()[-1]
+        assert "Traceback" not in done.stdout
+
+    def test_no_repository(self, api: server.Server, tmp_path: Path) -> None:
+        done = run(FLOW, tmp_path, check=False, PYTHONPATH=str(ROOT), **api.env)
+        assert done.returncode == 1
+        assert "no DVC repository here" in done.stdout.splitlines()[-1]
+        assert "Traceback" not in done.stdout
+
+    def test_nobody_at_the_servers_address(self, repo: Path) -> None:
+        env = {"PYTHONPATH": str(ROOT), "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+        done = run(FLOW, repo, check=False, **env)
+        assert done.returncode == 1
+        assert "pipeline: Failed to reach API at http://127.0.0.1:9/api" in done.stdout.splitlines()[-1]
+        assert "Traceback" not in done.stdout
+
+    def test_a_timeout_ends_the_whole_group(self, api: server.Server, repo: Path) -> None:
+        (repo / "params.yaml").write_text("slow: 2\n")
+        process = begin(api, repo, "--timeout", "4", SLOW_SECONDS="60", GRANDCHILD="1")
+        pids = small.pids(repo)
+        output = small.finish(process)
+        assert process.returncode == 1
+        assert "slow: not done after 4 s" in output.splitlines()[-1]
+        assert api.tasks(api.newest()["id"])["slow"][0] == "TimedOut"
+        assert not any(small.alive(pid) for pid in pids)
+
+    @pytest.mark.parametrize("how", ["TERM", "INT", "KILL", "cancel"])
+    def test_nothing_survives_it_and_the_next_goes_on(self, api: server.Server, repo: Path, how: str) -> None:
+        (repo / "params.yaml").write_text("slow: 2\n")
+        process = begin(api, repo, SLOW_SECONDS="10", GRANDCHILD="1")
+        pids = small.pids(repo)
+        small.until(lambda: (repo / "checkpoint").exists())
+        if how == "cancel":
+            body = {"state": {"type": "CANCELLING", "name": "Cancelling"}, "force": False}
+            api.post(f"flow_runs/{api.newest()['id']}/set_state", body)
+        else:
+            process.send_signal(getattr(signal, f"SIG{how}"))
+        output = small.finish(process)
+        assert process.returncode != 0
+        small.until(lambda: not any(small.alive(pid) for pid in pids), 20, "the training was orphaned")
+        state = api.newest()["state"]["name"]
+        assert state == {"KILL": "Running", "cancel": "Cancelled"}.get(how, "Crashed"), output
+        # another slot: that of a killed flow is free after `pipeline.LEASE`
+        output = flow(api, repo, "--gpu", f"after-{how}", SLOW_SECONDS="0.1")
+        assert output.splitlines()[-1] == "pipeline: 1 ran, 4 unchanged"
+        assert " 0/10" not in output  # it went on from its checkpoint
+
+    def test_an_edited_input_fails_the_flow(self, api: server.Server, repo: Path) -> None:
+        (repo / "params.yaml").write_text("slow: 2\n")
+        lock = (repo / "dvc.lock").read_bytes()
+        process = begin(api, repo, SLOW_SECONDS="3")
+        small.pids(repo)
+        (repo / "params.yaml").write_text("slow: 3\n")
+        output = small.finish(process)
+        assert "params.yaml was edited while it ran; nothing was recorded" in output.splitlines()[-1]
+        assert (repo / "dvc.lock").read_bytes() == lock
+
+
+class TestTurns:
+    def test_two_flows_of_one_workspace_run_each_stage_once(self, api: server.Server, repo: Path) -> None:
+        (repo / "in").write_text("other\n")
+        both = [begin(api, repo, SLOW_SECONDS="2") for _ in range(2)]
+        outputs = [small.finish(process) for process in both]
+        assert sorted(output.splitlines()[-1] for output in outputs) == ["pipeline: 5 ran", "pipeline: 5 unchanged"]
+        assert sorted(small.log(repo)) == ["a", "b", "first", "report", "slow"]
+        assert any("another flow runs in this workspace" in output for output in outputs)
+
+    @pytest.mark.parametrize("slots", [1, 2])
+    def test_two_workspaces_share_the_slots(self, api: server.Server, repo: Path, tmp_path: Path, slots: int) -> None:
+        name = f"gpu-{slots}"
+        if slots == 2:  # as set on the page; where it is missing, the flow makes it with one slot
+            api.post("v2/concurrency_limits/", {"name": name, "limit": 2})
+        other = fork(repo, tmp_path / "other")
+        both = []
+        for folder in (repo, other):
+            (folder / "params.yaml").write_text("slow: 2\n")
+            both.append(begin(api, folder, "--gpu", name, SLOW_SECONDS="5"))
+        outputs = [small.finish(process) for process in both]
+        assert all(output.splitlines()[-1] == "pipeline: 1 ran, 4 unchanged" for output in outputs), outputs
+        (one,), (two,) = small.times(repo / "slow.times"), small.times(other / "slow.times")
+        assert small.overlap(one, two) is (slots == 2)
+
+    def test_beside_a_dvc_repro(self, api: server.Server, repo: Path) -> None:
+        (repo / "in").write_text("other\n")
+        repro = small.start(["dvc", "repro"], repo, SLOW_SECONDS="3")
+        small.pids(repo)
+        output = flow(api, repo)
+        small.finish(repro)
+        assert output.splitlines()[-1].startswith("pipeline: ")
+        assert sorted(small.log(repo)) == ["a", "b", "first", "report", "slow"]
+
+
+@pytest.fixture(scope="module")
+def real(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fork(pipeline, tmp_path_factory.mktemp("real") / "repo")
+
+
+class TestRealPipeline:
+    def test_with_nothing_started_before(self, real: Path, tmp_path: Path) -> None:
+        """As `make flow`: Prefect's own server for as long as it takes; nothing of it stays."""
+        out = run(FLOW, real, PREFECT_HOME=str(tmp_path / "home"), PREFECT_API_URL="").stdout
+        assert out.splitlines()[-1].startswith("pipeline: 14 unchanged") or "pipeline: 14 unchanged" in out
+        port = re.search(r"127\.0\.0\.1:(\d+)", out)
+        assert port
+        small.until(lambda: run(f"ss -ltn | grep -c :{port[1]}", real, check=False).stdout.strip() in ("0", ""), 20)
+
+    def test_beta_runs_four_stages_to_the_same_lock_as_dvc_repro(
+        self, api: server.Server, real: Path, tmp_path: Path
+    ) -> None:
+        other = fork(real, tmp_path / "other")
+        lock, text = (real / "dvc.lock").read_bytes(), (real / "params.yaml").read_text()
+        for folder in (real, other):
+            edit(folder, "dpo", "beta", 0.21)
+        flow(api, real)
+        found = api.newest()
+        tasks = api.tasks(found["id"])
+        assert set(tasks) == set(ORDER)
+        expected = {"dpo", "merge", "evaluate@dpo", "report"}
+        assert {name for name, (state, _) in tasks.items() if state == "Completed"} == expected
+        assert {said for name, (_, said) in tasks.items() if name not in expected} == {"unchanged"}
+        assert set(ran(run("dvc repro", other).stdout)) == expected
+        assert (real / "dvc.lock").read_bytes() == (other / "dvc.lock").read_bytes() != lock
+        artifacts = api.artifacts(found["id"])
+        assert {"dpo-metrics", "dpo-progress", "merge-metrics", "evaluate-dpo-metrics", "report"} <= set(artifacts)
+        assert artifacts["report"]["data"] == (real / "data/report/report.md").read_text()
+        assert {"steps", "loss_last"} <= {row["metric"] for row in json.loads(artifacts["dpo-metrics"]["data"])}
+        (real / "params.yaml").write_text(text)
+        started = time.monotonic()
+        assert "10 unchanged" in flow(api, real).splitlines()[-1]
+        print(f"restored in {time.monotonic() - started:.1f} s")
+        assert (real / "dvc.lock").read_bytes() == lock
+
+    def test_code_data_and_template_run_their_own_stages_and_a_revert_restores(
+        self, api: server.Server, real: Path
+    ) -> None:
+        """Edits that change no output: DVC runs the stages that read them, and stops where the bytes are the same."""
+        edits = {
+            "tasks/evaluate.py": {"evaluate@base", "evaluate@sft", "evaluate@dpo"},
+            "data/raw/advice.jsonl": {"ingest"},
+            "tasks/template.py": {"template"},
+        }
+        kept = {path: (real / path).read_bytes() for path in (*edits, "dvc.lock")}
+        for path in edits:
+            (real / path).write_bytes(kept[path] + (b"\n" if path.endswith(".jsonl") else b"# an edit\n"))
+        flow(api, real)
+        tasks = api.tasks(api.newest()["id"])
+        expected = set.union(*edits.values())
+        assert {name for name, (state, _) in tasks.items() if state == "Completed"} == expected
+        assert {said for name, (_, said) in tasks.items() if name not in expected} == {"unchanged"}
+        for path in edits:
+            (real / path).write_bytes(kept[path])
+        flow(api, real)
+        tasks = api.tasks(api.newest()["id"])
+        assert {name for name, (_, said) in tasks.items() if said == "restored from run cache"} == expected
+        assert (real / "dvc.lock").read_bytes() == kept["dvc.lock"]
