@@ -1,0 +1,187 @@
+"""The gate on scores made by hand: what is promoted, what is not, and in which words."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import gate
+from tasks import params
+from tasks.params import Gate, Limit, UserError
+from tests.conftest import ROOT
+
+CORRECT, DECLINED = "trained.definition.correct", "trained.definition.declined"
+
+
+def items(right: int, of: int = 100, *, part: str = "trained", measure: str = "correct") -> list[dict[str, Any]]:
+    """`of` items, the first `right` of which score 1."""
+    task = "choice" if part == "general" else "definition"
+    return [{"id": f"{part}-{i:03}", "set": part, "task": task, measure: float(i < right)} for i in range(of)]
+
+
+def limits(key: str = CORRECT, *, drop: float = 0.05, **limit: float) -> Gate:
+    return Gate(limits={key: Limit(**({"margin": 0.05} | limit))}, max_general_drop=drop, bootstrap=2000)
+
+
+GENERAL = items(60, part="general")
+
+
+def decided(champion: int | None, challenger: int, asked: Gate) -> gate.Verdict:
+    old = None if champion is None else items(champion) + GENERAL
+    return gate.decide(old, items(challenger) + GENERAL, GENERAL, asked)
+
+
+@pytest.mark.parametrize(
+    ("champion", "challenger", "limit", "promoted", "said"),
+    [
+        # the very same answers
+        (90, 90, {}, True, "no different from the champion, item by item"),
+        # ten items of a hundred better: the interval of the difference is above 0
+        (80, 90, {}, True, "better in trained.definition.correct (+0.100)"),
+        # two items worse: −0.02, the bad end of the interval is about −0.05
+        (92, 90, {"margin": 0.06}, True, "not worse than the champion"),
+        (92, 90, {"margin": 0.02}, False, "may be worse by up to"),
+        # ten worse: even the good end of the interval is outside of the margin
+        (90, 70, {}, False, "is worse by"),
+        # a first run: the floor alone decides
+        (None, 90, {"floor": 0.85}, True, "the first model, within all 2 limits"),
+        (None, 80, {"floor": 0.85}, False, "is 0.800, below its floor 0.85"),
+        # better than the champion, and still below the floor
+        (50, 80, {"floor": 0.85}, False, "below its floor"),
+        # a floor that is just met is met, whatever its binary fraction
+        (70, 70, {"floor": 0.7}, True, "no different"),
+    ],
+)
+def test_more_is_better(
+    champion: int | None, challenger: int, limit: dict[str, float], promoted: bool, said: str
+) -> None:
+    verdict = decided(champion, challenger, limits(**limit))
+    assert verdict.promoted is promoted, verdict.sentence
+    assert said in verdict.sentence
+    assert verdict.sentence.startswith("Promoted: " if promoted else "Rejected: ")
+
+
+@pytest.mark.parametrize(
+    ("champion", "challenger", "promoted", "said"),
+    [
+        (8, 2, True, "better in"),
+        (2, 12, False, "above its ceiling 0.1"),
+        (0, 9, False, "worse by"),
+        (5, 5, True, "no different"),
+    ],
+)
+def test_less_is_better_with_a_ceiling(champion: int, challenger: int, promoted: bool, said: str) -> None:
+    old, new = (items(n, measure="declined") + GENERAL for n in (champion, challenger))
+    verdict = gate.decide(old, new, GENERAL, limits(DECLINED, ceiling=0.1))
+    assert verdict.promoted is promoted
+    assert said in verdict.sentence
+
+
+def test_forgetting_is_measured_against_the_base_and_not_the_champion() -> None:
+    """The champion had lost 4 points, the challenger loses 4 more: each step is small, the sum is not."""
+    base, champion, challenger = (items(n, part="general") for n in (60, 56, 52))
+    verdict = gate.decide(items(90) + champion, items(90) + challenger, base, limits())
+    assert not verdict.promoted
+    assert "(against the base) fell by 0.080 since the base" in verdict.sentence
+    assert gate.decide(items(90) + champion, items(90) + challenger, base, limits(drop=0.08)).promoted
+
+
+def test_general_items_that_are_missing_reject_and_none_at_all_is_noted() -> None:
+    assert not gate.decide(items(90), items(90), GENERAL, limits()).promoted
+    verdict = gate.decide(items(90), items(90), [], limits())
+    assert verdict.promoted
+    assert "whether anything was forgotten is not known" in verdict.notes[0]
+
+
+def test_pairs_are_by_id_and_what_only_one_side_has_is_named() -> None:
+    shuffled = items(90) + GENERAL
+    random.Random(0).shuffle(shuffled)
+    assert gate.decide(items(90) + GENERAL, shuffled, GENERAL, limits()).sentence.startswith("Promoted: no different")
+    verdict = gate.decide(items(90, 100) + GENERAL, items(90, 120) + GENERAL, GENERAL, limits())
+    assert "20 items (trained-100, trained-101, trained-102, …) only of the challenger" in verdict.rows[0].reason
+    assert verdict.rows[0].n == 100
+    few = gate.decide(items(9, 9) + GENERAL, items(90) + GENERAL, GENERAL, limits())
+    assert not few.promoted
+    assert "9 items in common with the champion, fewer than 10" in few.sentence
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, None, "0.5"])
+def test_a_score_that_is_no_number_counts_against_the_challenger_alone(broken: object) -> None:
+    bad = [*items(90)[:-1], items(90)[-1] | {"correct": broken}, *GENERAL]
+    verdict = gate.decide(items(90) + GENERAL, bad, GENERAL, limits())
+    assert not verdict.promoted
+    assert "is no finite number in 1 item (trained-099) of the challenger" in verdict.sentence
+    assert gate.decide(bad, items(90) + GENERAL, GENERAL, limits()).promoted
+
+
+def test_a_measure_that_nobody_has_is_rejected_with_the_nearest() -> None:
+    verdict = gate.decide(items(90) + GENERAL, items(90) + GENERAL, GENERAL, limits("trained.definition.corect"))
+    assert not verdict.promoted
+    assert "did you mean `trained.definition.correct`?" in verdict.sentence
+
+
+@pytest.mark.parametrize("key", ["correct", "trained.correct", "*.definition.correct", "a.b.*", "a..b"])
+def test_a_key_that_can_not_name_a_measure(key: str) -> None:
+    with pytest.raises(UserError, match=r"expected SET\.TASK\.MEASURE"):
+        gate.check(limits(key))
+
+
+def test_no_limits_promote_nothing() -> None:
+    verdict = gate.decide(None, items(100), [], Gate())
+    assert not verdict.promoted
+    assert "gate.limits of params.yaml is empty" in verdict.sentence
+
+
+def test_any_task_of_a_set() -> None:
+    more = [item | {"id": f"lay-{item['id']}", "task": "lay_to_clinical"} for item in items(50)]
+    verdict = gate.decide(None, items(90) + more + GENERAL, GENERAL, limits("trained.*.correct", floor=0.69))
+    assert verdict.promoted
+    assert verdict.rows[0].challenger == pytest.approx(0.7)
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    """Two equal models that differ in 10 % of 97 items each way: the 95 % interval misses 0 in about 5 % of draws."""
+    rng = random.Random(0)
+    missed = 0
+    for _ in range(200):
+        differences = [rng.choice([-1.0, 1.0]) if rng.random() < 0.2 else 0.0 for _ in range(97)]
+        _, low, high = gate.interval(differences, 0.95, 400)
+        missed += not low <= 0 <= high
+    assert missed <= 20
+
+
+def test_the_same_scores_give_the_same_verdict_and_page() -> None:
+    first, second = (decided(92, 90, limits(margin=0.06)) for _ in range(2))
+    assert first == second
+    page = first.markdown()
+    assert page.startswith("# Promoted\n\nPromoted: not worse")
+    assert "| ✓ | `trained.definition.correct` | 100 | 0.920 | 0.900 | -0.020 [" in page
+    assert "| ≥ champion − 0.06 |" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"id": "a", "set": "s", "task": "t"}\n{"id": "a", "set": "s", "task": "t"}\n', "the id 'a' comes twice"),
+        ('{"id": "a"}\n', "expected an object with id, set and task"),
+        ('{"id": ', "answers.jsonl:1: expected a JSON object"),
+    ],
+)
+def test_a_file_that_holds_no_items(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        gate.read(path)
+
+
+def test_the_limits_of_params_yaml_name_what_the_evaluation_writes(pipeline: Path) -> None:
+    """Every measure of the shipped limits is in the items of a real run."""
+    asked = params.load(ROOT / "params.yaml")["gate"]
+    rows = [json.loads(line) for line in (pipeline / "data/evaluate/dpo.answers.jsonl").read_text().splitlines()]
+    verdict = gate.decide(rows, rows, rows, Gate(limits={k: Limit(margin=v.margin) for k, v in asked.limits.items()}))
+    known = {row.measure: row for row in verdict.rows}
+    assert set(asked.limits) < set(known)
+    assert not any("is in no item" in row.reason for row in verdict.rows)
