@@ -1,0 +1,244 @@
+"""The pipeline for every combination of some parameters, and a table that compares them.
+
+    python -m flows.sweep dpo.beta=0.1,0.3 dpo.learning_rate=1e-4,3e-4
+
+Each point is a run of the flow `pipeline` in a git worktree of HEAD with the DVC cache and run cache of this repository.
+So the workspace stays as it is, points share every stage that they have in common, and a chosen point costs nothing more:
+write its values into params.yaml and `dvc repro` restores it. An interrupted point goes on in its worktree next time.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_table_artifact
+from prefect.states import Completed, Failed
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from ruamel.yaml import YAML
+
+from flows import stages
+from flows.pipeline import finish, pipeline
+from tasks import params
+from tasks.params import UserError
+
+Value = bool | int | float | str
+
+
+class SweepParameters(BaseModel):
+    """What to vary and what to look at."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    values: dict[str, list[Value]] = Field(
+        default={"dpo.beta": [0.1, 0.3]}, min_length=1, description="SECTION.KEY of params.yaml → the values to try"
+    )
+    targets: list[str] = Field(
+        default=["evaluate@dpo"], min_length=1, description="stages that each point runs, with all that they need"
+    )
+    metrics: list[str] = Field(
+        default=[
+            "data/evaluate/dpo.json:answers.trained.recall",
+            "data/evaluate/dpo.json:manner.kindness",
+            "data/evaluate/dpo.json:honesty.invented_declined",
+            "data/evaluate/dpo.json:honesty.trained_declined",
+            "data/evaluate/dpo.json:general.accuracy",
+        ],
+        min_length=1,
+        description="columns of the table, FILE:KEY; the first one sorts it",
+    )
+    best: Literal["highest", "lowest"] = Field(
+        default="highest", description="which end of the first metric comes first"
+    )
+    pull: bool = Field(default=False, description="fetch what is missing from the DVC remote instead of computing it")
+    max_points: int = Field(default=16, ge=1, le=256, description="refuse a sweep of more points than this")
+
+    @field_validator("values")
+    @classmethod
+    def _not_empty(cls, values: dict[str, list[Value]]) -> dict[str, list[Value]]:
+        for key, tried in values.items():
+            if "." not in key and key != "seed":
+                raise ValueError(f"{key}: expected SECTION.KEY, such as dpo.beta")
+            if not tried:
+                raise ValueError(f"{key}: expected at least one value")
+        return values
+
+
+@flow(name="sweep")
+def sweep(parameters: SweepParameters = SweepParameters()) -> Any:  # noqa: B008  (a frozen default that the UI shows)
+    """Run the pipeline for every combination of values and compare the results.
+
+    Every point is checked against params.yaml before the first one runs. A point that fails does not stop the others.
+    """
+    logger = get_run_logger()
+    repo = Path.cwd()
+    try:
+        points = expand(repo, parameters)
+    except UserError as error:
+        return Failed(message=str(error))
+    rows, failed = [], []
+    for number, point in enumerate(points, 1):
+        label = ", ".join(f"{key}={value}" for key, value in point.items())
+        logger.info("point %d of %d: %s", number, len(points), label)
+        try:
+            with worktree(repo, point) as folder:
+                run = pipeline.with_options(flow_run_name=label)
+                state: Any = run(repo=folder, targets=parameters.targets, pull=parameters.pull, return_state=True)
+                row: dict[str, Any] = dict(point) | figures(folder, parameters.metrics)
+                if not state.is_completed():
+                    raise UserError(str(state.message))
+        except UserError as error:
+            logger.error("%s: %s", label, error)
+            failed.append(label)
+            row = dict(point) | {"failed": str(error)}
+        rows.append(row)
+    first = _column(parameters.metrics[0])
+    sign = -1 if parameters.best == "highest" else 1
+    rows.sort(key=lambda row: sign * row[first] if isinstance(row.get(first), (int, float)) else math.inf)
+    create_table_artifact(rows, key="sweep", description=f"{len(points)} points, {parameters.best} {first} first")
+    if failed:
+        return Failed(message=f"{len(failed)} of {len(points)} points failed: {'; '.join(failed)}")
+    return Completed(message=f"{len(points)} points, {parameters.best} {first} first", data=rows)
+
+
+def expand(repo: Path, parameters: SweepParameters) -> list[dict[str, Value]]:
+    """Every combination, each of which makes a valid params.yaml.
+
+    Raises:
+        UserError: naming the key and value that do not, or that there are too many points.
+    """
+    count = math.prod(len(values) for values in parameters.values.values())
+    if count > parameters.max_points:
+        raise UserError(f"{count} points are more than max_points, {parameters.max_points}")
+    points = [
+        dict(zip(parameters.values, values, strict=True)) for values in itertools.product(*parameters.values.values())
+    ]
+    planned = {each.name for each in stages.plan(repo)}
+    for target in parameters.targets:
+        if not any(name == target or name.startswith(f"{target}@") for name in planned):
+            raise UserError(f"targets: {target}: no such stage in dvc.yaml")
+    for point in points:
+        raw = YAML(typ="safe", pure=True).load(repo / "params.yaml")
+        _set(raw, point)
+        params.check(raw)
+    return points
+
+
+def _set(raw: Any, point: Mapping[str, Value]) -> None:
+    for key, value in point.items():
+        *parents, leaf = key.split(".")
+        node = raw
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                raise UserError(f"{key}: params.yaml has no section `{parent}`")
+            node = node[parent]
+        node[leaf] = value
+
+
+@contextlib.contextmanager
+def worktree(repo: Path, point: Mapping[str, Value]) -> Iterator[Path]:
+    """A checkout of HEAD with `point` in its params.yaml and this repository's DVC cache; it stays if the body fails.
+
+    Raises:
+        UserError: git or DVC refuses.
+    """
+    head = _run(["git", "rev-parse", "HEAD"], repo)
+    key = hashlib.sha256(json.dumps([head, dict(point)], sort_keys=True).encode()).hexdigest()[:16]
+    folder = repo / ".dvc" / "tmp" / "sweep" / key
+    _run(["git", "worktree", "prune"], repo)
+    if not (folder / ".git").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        _run(["git", "worktree", "add", "--detach", str(folder), head], repo)
+    cache = _run([sys.executable, "-m", "dvc", "cache", "dir"], repo)
+    local = repo / ".dvc" / "config.local"  # remotes and their credentials
+    if local.is_file():
+        shutil.copy2(local, folder / ".dvc" / "config.local")
+    _run([sys.executable, "-m", "dvc", "cache", "dir", "--local", cache], folder)
+    # what stages read but none makes; what is not in the cache here is what the pipeline makes or pulls
+    subprocess.run([sys.executable, "-m", "dvc", "checkout", "-q"], cwd=folder, capture_output=True)
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    raw = yaml.load(folder / "params.yaml")
+    _set(raw, point)
+    yaml.dump(raw, folder / "params.yaml")
+    yield folder
+    _run(["git", "worktree", "remove", "--force", str(folder)], repo)
+
+
+def _run(command: list[str], cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)  # noqa: S603  (git and dvc)
+    if done.returncode != 0:
+        raise UserError(f"{' '.join(command[-4:])}: {' '.join(done.stderr.split())[:300]}")
+    return done.stdout.strip()
+
+
+def _column(metric: str) -> str:
+    return metric.rpartition(":")[2]
+
+
+def figures(folder: Path, wanted: Sequence[str]) -> dict[str, Any]:
+    """Column → figure of `FILE:KEY`; a figure with an interval, `KEY.value`, stands for itself.
+
+    Raises:
+        UserError: no such file or key.
+    """
+    out: dict[str, Any] = {}
+    for metric in wanted:
+        path, _, key = metric.rpartition(":")
+        known = {found.name: found.value for found in stages.metrics(folder, [path])} if path else {}
+        value = known.get(key, known.get(f"{key}.value"))
+        if value is None:
+            raise UserError(
+                f"metrics: {metric}: no such figure; expected FILE:KEY, such as data/dpo/metrics.json:steps"
+            )
+        out[_column(metric)] = value
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The flow from a command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("values", nargs="+", metavar="SECTION.KEY=VALUE,…", help="what to vary")
+    parser.add_argument(
+        "--metric", action="append", metavar="FILE:KEY", help="columns of the table; the first one sorts it"
+    )
+    parser.add_argument(
+        "--target", action="append", metavar="STAGE", help="what each point runs (default: evaluate@dpo)"
+    )
+    given = parser.parse_args(arguments)
+    values: dict[str, list[Value]] = {}
+    for pair in given.values:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            parser.error(f"{pair}: expected SECTION.KEY=VALUE,…")
+        values[key] = [YAML(typ="safe", pure=True).load(value) for value in text.split(",")]
+    more = {name: chosen for name, chosen in (("metrics", given.metric), ("targets", given.target)) if chosen}
+    try:
+        parameters = SweepParameters.model_validate({"values": values, **more})
+    except ValueError as error:
+        print(f"sweep: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+    def run() -> Any:
+        state: Any = sweep(parameters, return_state=True)
+        if state.is_completed():
+            for row in state.result(_sync=True):
+                print("  ".join(f"{key}={value}" for key, value in row.items()))
+        return state
+
+    return finish("sweep", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
