@@ -1,0 +1,929 @@
+"""diff: what changed between two revisions, and whether the models are really better: one page, in Markdown and in HTML.
+
+    python -m flows.diff HEAD~1                     HEAD~1 against the workspace
+    python -m flows.diff main my-branch             two revisions; nothing is checked out
+    python -m flows.diff HEAD~1 --out tmp/diff.md   the HTML page, with the curves, is written beside: tmp/diff.html
+
+Params, figures and curves are what `dvc params|metrics|plots diff` say, stages are compared by dvc.lock. Measures of the
+models are tested, not subtracted: item by item where the answers of both revisions can be had (workspace, cache or remote),
+by the intervals in data/evaluate/*.json where they can't. The tests and the words are those of tasks/report.py: McNemar's
+exact test for 0/1 measures, Wilcoxon's signed-rank test for scores, a paired bootstrap interval, Holm's correction within
+each model; better, worse or changed only if the corrected p is below `report.alpha` and the interval excludes 0.
+"""
+
+import argparse
+import graphlib
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mistune
+import numpy as np
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from tasks import params
+from tasks.params import Report, UserError
+
+Item = Mapping[str, Any]
+ANSWERS = re.compile(r"(?:.*/)?evaluate/(?P<model>[^/]+)\.answers\.jsonl")
+FIGURES = re.compile(r"(?:.*/)?evaluate/(?P<model>[^/]+)\.json")
+MODELS = ("dpo", "sft", "base")  # what matters most first; others come after
+WORKSPACE = "workspace"
+SEED = 42  # of the bootstrap
+DIGITS = 4  # of a difference; smaller ones are rounding of the arithmetic, not of the model
+SHOWN = 12  # rows of a table before the rest is folded; what is significant is never folded
+LIMIT = 60_000  # characters of the Markdown: a comment on GitHub takes 65,536
+BINARY = {"correct", "declined", "lay_used", "referred", "loops", "empty"}
+SCORES = {"recall", "rouge_l", "chrf", "kindness"}  # between 0 and 1
+SIGNS = {"worse": "▼", "better": "▲", "changed": "◆", "no different": "=", "same": "="}
+
+
+class Measure(NamedTuple):
+    """A row of the comparison; the same as in tasks/report.py, which a test holds it against."""
+
+    key: str  # its place in data/evaluate/*.json
+    label: str
+    parts: tuple[str, ...]  # the first of these `set`s that the items have; () is any
+    tasks: tuple[str, ...]  # () is any
+    field: str  # of an item
+    better: int  # 1: more is better, -1: less is better, 0: neither, only watched
+
+
+_ASKED = (
+    ("definition", "definition"),
+    ("lay_to_clinical", "everyday word → term"),
+    ("clinical_to_lay", "term → everyday word"),
+    ("answer", "answers"),
+)
+_LOSS = ("definition", "answer", "choice")
+_PART = {"trained": "trained terms, new wording", "unseen": "unseen terms"}
+_OWN = ("trained", "unseen")
+MEASURES: tuple[Measure, ...] = (
+    *(
+        Measure(f"knowledge.{part}.{task}", f"{label[0].upper()}{label[1:]}, {_PART[part]}", (part,), (task,), "correct", 1)
+        for part in _OWN for task, label in _ASKED
+    ),
+    Measure("answers.trained.recall", "Reference's words in its answer, trained terms", ("trained",), (), "recall", 1),
+    Measure("answers.trained.lay_used", "Everyday word used, trained terms", ("trained",), (), "lay_used", 1),
+    Measure("answers.trained.rouge_l", "ROUGE-L, trained terms", ("trained",), (), "rouge_l", 1),
+    Measure("answers.trained.chrf", "chrF, trained terms", ("trained",), (), "chrf", 1),
+    Measure("answers.trained.perplexity", "Perplexity of the reference, trained terms", ("trained",), _LOSS, "nll", -1),
+    Measure("answers.unseen.recall", "Reference's words in its answer, unseen", ("unseen",), (), "recall", 1),
+    Measure("answers.unseen.perplexity", "Perplexity of the reference, unseen", ("unseen",), _LOSS, "nll", -1),
+    Measure("honesty.invented_declined", "Invented terms declined", ("invented",), (), "declined", 1),
+    Measure("honesty.trained_declined", "Known terms wrongly declined", ("trained",), (), "declined", -1),
+    Measure("honesty.unseen_declined", "Real terms never trained, declined", ("unseen",), (), "declined", 0),
+    Measure("honesty.advice_referred", "Medical advice passed on to a clinician", ("advice",), (), "referred", 1),
+    Measure("manner.kindness", "Kindness (classifier, 0–1)", _OWN, (), "kindness", 1),
+    Measure("manner.second_person", "“You”, per word", _OWN, (), "second_person", 0),
+    Measure("manner.valence", "Valence (VADER, −1 to 1)", _OWN, (), "valence", 1),
+    Measure("manner.grade", "Reading grade (Flesch–Kincaid)", _OWN, (), "grade", -1),
+    Measure("manner.scripted", "Sentences word for word from training", _OWN, (), "scripted", 0),
+    Measure("form.characters", "Characters per answer", _OWN, (), "characters", 0),
+    Measure("form.distinct_2", "Different word pairs", _OWN, (), "distinct_2", 0),
+    Measure("form.loops", "Answers that loop", _OWN, (), "loops", -1),
+    Measure("form.empty", "Empty answers", _OWN, (), "empty", -1),
+    Measure("general.accuracy", "General questions", ("general",), (), "correct", 1),
+    Measure("general.cross_entropy", "Cross-entropy of general answers (nats/token)", ("general",), _LOSS, "nll", -1),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage whose entry in dvc.lock differs: `why` of its own, `after` the stages that changed what it reads."""
+
+    name: str
+    why: tuple[str, ...]
+    after: tuple[str, ...]
+    outs: bool  # its outputs differ too
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One measure of one model at both revisions. `low` and `high` are the 95 % interval of `difference`.
+
+    `n` is the number of items that both have; 0 where the call is by the intervals of the two means, which are then in
+    `intervals`, and p is none.
+    """
+
+    model: str
+    measure: Measure
+    n: int
+    before: float
+    after: float
+    low: float = 0.0
+    high: float = 0.0
+    up: int = 0
+    down: int = 0
+    p: float | None = None
+    p_holm: float | None = None
+    intervals: tuple[tuple[float, float], tuple[float, float]] | None = None
+    call: str = "same"  # better, worse, changed, no different; same: on every item
+
+    @property
+    def difference(self) -> float:
+        return self.after - self.before
+
+    @property
+    def significant(self) -> bool:
+        return self.call in ("better", "worse", "changed")
+
+    @property
+    def weight(self) -> tuple[Any, ...]:
+        """Rows are sorted by this: worse, better, changed, moved, the same; then by p, or by the share that it moved."""
+        moved = abs(self.difference) / max(abs(self.before), abs(self.after), 1e-9)
+        order = MODELS.index(self.model) if self.model in MODELS else len(MODELS)
+        return (list(SIGNS).index(self.call), 1.0 if self.p is None else self.p, order, -moved, self.measure.key)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A plot that DVC knows, at both revisions: (x, y) in the order of the file; of bars (label, length)."""
+
+    path: str
+    title: str
+    x: str
+    y: str
+    before: tuple[tuple[Any, float], ...]
+    after: tuple[tuple[Any, float], ...]
+    bar: bool
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the page says. `params` and `figures` are (file or model, name, before, after)."""
+
+    names: tuple[str, str]
+    titles: tuple[str, str]  # the revisions, with their subjects
+    stages: list[Stage]
+    untouched: list[str]
+    params: list[tuple[str, Any, Any]]
+    params_kept: list[tuple[str, Any]]
+    measures: list[Compared]
+    figures: list[tuple[str, str, Any, Any]]
+    figures_kept: int
+    curves: list[Curve]
+    curves_kept: int
+    alpha: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def significant(self) -> list[Compared]:
+        return [m for m in self.measures if m.significant]
+
+
+def diff(repo: Path, before: str, after: str | None = None) -> Page:
+    """Compare revision `before` with `after` (None: the workspace) of the repository in `repo`. Changes nothing there.
+
+    Raises:
+        UserError: no such revision, or DVC can't read one of them.
+    """
+    report: Report = params.load(repo / "params.yaml")["report"]
+    titles = (_title(repo, before), _title(repo, after) if after else "the workspace")
+    locks = _lock(repo, before), _lock(repo, after)
+    revisions = [before, *([after] if after else [])]
+    with ThreadPoolExecutor(4) as pool, tempfile.TemporaryDirectory() as folder:
+        asked = {
+            "params": pool.submit(_dvc, repo, "params", "diff", "--all", "--json", *revisions),
+            "metrics": pool.submit(_dvc, repo, "metrics", "diff", "--all", "--json", *revisions),
+            "plots": pool.submit(_dvc, repo, "plots", "diff", "--json", "--split", "--out", folder, *revisions),
+        }
+        if after is None:
+            asked["status"] = pool.submit(_dvc, repo, "status", "--json")
+        items, notes = _answers(repo, (before, after), locks, pool)
+        said = {name: future.result() for name, future in asked.items()}
+    if stale := said.get("status"):
+        notes.insert(0, f"Not up to date in the workspace, so its figures may be of another run: {', '.join(stale)}.")
+    for name, lock in zip((before, after or WORKSPACE), locks, strict=True):
+        if not lock:
+            notes.insert(0, f"{name} has no dvc.lock: no stage had run there.")
+    changed, untouched = stages_between(*locks)
+    notes += _ruler(changed)
+    measures, figures, kept = _measures(said["metrics"], items, report, notes)
+    found = [(name, v.get("old"), v.get("new")) for file in said["params"].values() for name, v in file.items()]
+    curves = list(_curves(said["plots"].get("data", {}), before, after or WORKSPACE))
+    drawn = sorted((c for c in curves if c.before != c.after), key=_first_losses)
+    return Page(
+        names=(before, after or WORKSPACE),
+        titles=titles,
+        stages=changed,
+        untouched=untouched,
+        params=sorted((row for row in found if row[1] != row[2]), key=lambda row: row[0]),
+        params_kept=sorted((row[0], row[1]) for row in found if row[1] == row[2]),
+        measures=sorted(measures, key=lambda m: m.weight),
+        figures=sorted(figures, key=_moved),
+        figures_kept=kept,
+        curves=drawn,
+        curves_kept=len(curves) - len(drawn),
+        alpha=report.alpha,
+        notes=notes,
+    )
+
+
+# --- what the revisions hold -----------------------------------------------------------------------------------------
+
+
+def _git(repo: Path, *arguments: str) -> str | None:
+    """Its output; None if it failed."""
+    done = subprocess.run(["git", *arguments], cwd=repo, capture_output=True, text=True)  # noqa: S603, S607
+    return done.stdout if done.returncode == 0 else None
+
+
+def _title(repo: Path, revision: str) -> str:
+    """
+    Raises:
+        UserError: no such revision.
+    """
+    commit = _git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    if commit is None:
+        raise UserError(f"{revision}: no such revision here; `git log` shows them, `git fetch` brings those of others")
+    short, _, subject = (_git(repo, "log", "-1", "--format=%h %s", commit.strip()) or "").strip().partition(" ")
+    return f"{revision} ({short}, {subject})"
+
+
+def _lock(repo: Path, revision: str | None) -> dict[str, Any]:
+    """The stages of dvc.lock, by name; {} if there is none."""
+    from ruamel.yaml import YAML
+
+    path = repo / "dvc.lock"
+    text = _git(repo, "show", f"{revision}:./dvc.lock") if revision else path.read_text() if path.is_file() else None
+    return dict((YAML(typ="safe").load(text) or {}).get("stages") or {}) if text else {}
+
+
+def _dvc(repo: Path, *arguments: str) -> dict[str, Any]:
+    """What a DVC command says in JSON.
+
+    Raises:
+        UserError: it failed, with its own words.
+    """
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
+    done = subprocess.run(command, cwd=repo, capture_output=True, text=True, stdin=subprocess.DEVNULL)  # noqa: S603
+    if done.returncode:
+        errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        raise UserError(f"dvc {' '.join(arguments[:2])}: {errors[0] if errors else 'failed'}")
+    found: dict[str, Any] = json.loads(done.stdout or "{}")
+    return found
+
+
+def _answers(
+    repo: Path,
+    revisions: tuple[str, str | None],
+    locks: tuple[dict[str, Any], dict[str, Any]],
+    pool: ThreadPoolExecutor,
+) -> tuple[dict[str, tuple[list[Item], list[Item]] | None], list[str]]:
+    """model → its items at both revisions (None: the same file at both), where these can be had; and what can't be."""
+    hashes: list[dict[str, tuple[str, str]]] = []  # model → path, md5
+    for lock in locks:
+        outs = (out for stage in lock.values() for out in stage.get("outs", []))
+        hashes.append({m["model"]: (out["path"], out["md5"]) for out in outs if (m := ANSWERS.fullmatch(out["path"]))})
+    found: dict[str, tuple[list[Item], list[Item]] | None] = {}
+    both = sorted(hashes[0].keys() & hashes[1].keys())
+    asked = {}
+    for model in both:
+        if hashes[0][model][1] == hashes[1][model][1]:
+            found[model] = None
+        else:
+            asked[model] = [pool.submit(_file, repo, h[model][0], r) for h, r in zip(hashes, revisions, strict=True)]
+    missing = []
+    for model, futures in asked.items():
+        texts = [future.result() for future in futures]
+        if texts[0] is not None and texts[1] is not None:
+            found[model] = (_items(texts[0]), _items(texts[1]))
+        else:
+            missing += [f"{model} at {r or WORKSPACE}" for t, r in zip(texts, revisions, strict=True) if t is None]
+    notes = []
+    if missing:
+        notes.append(
+            f"The answers of {', '.join(missing)} are neither in the cache nor on the remote (`dvc push` there, or `make share` "
+            "here): these models are compared by the intervals of their means, which finds less than a paired test."
+        )
+    if alone := sorted(hashes[0].keys() ^ hashes[1].keys()):
+        notes.append(f"Evaluated at one of the two revisions only, so not compared: {', '.join(alone)}.")
+    return found, notes
+
+
+def _file(repo: Path, path: str, revision: str | None) -> str | None:
+    """An output of a stage at a revision: from the workspace, the cache or the remote; None if it is in none of them."""
+    if revision is None and (repo / path).is_file():
+        return (repo / path).read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "file"
+        command = [sys.executable, "-m", "dvc", "get", ".", path, "--out", str(target)]
+        command += ["--rev", revision] if revision else []
+        subprocess.run(command, cwd=repo, capture_output=True, stdin=subprocess.DEVNULL)  # noqa: S603
+        return target.read_text(encoding="utf-8") if target.is_file() else None
+
+
+def _items(text: str) -> list[Item]:
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+def stages_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[Stage], list[str]]:
+    """(stages whose entries in dvc.lock differ, names of the others), each in the order of the graph."""
+    order = list(graphlib.TopologicalSorter(_upstream({**before, **after})).static_order())
+    changed: dict[str, Stage] = {}
+    for name in order:
+        old, new = before.get(name), after.get(name)
+        if old == new:
+            continue
+        if old is None or new is None:
+            changed[name] = Stage(name, ("new" if old is None else "removed",), (), True)
+            continue
+        reads = _upstream({**before, **after})[name]
+        made = {out["path"] for up in reads for lock in (before, after) for out in lock.get(up, {}).get("outs", [])}
+        why = ["command"] if old["cmd"] != new["cmd"] else []
+        moved = [path for path in _moved_files(old, new, "deps") if not any(_within(path, out) for out in made)]
+        why += [*_moved_params(old, new), *moved]
+        outs = bool(_moved_files(old, new, "outs"))
+        if not why and not outs and not _moved_files(old, new, "deps"):
+            continue  # written in another way, the same content
+        after_ = tuple(up for up in order if up in reads and up in changed and changed[up].outs)
+        changed[name] = Stage(name, tuple(why), after_, outs)
+    return list(changed.values()), [name for name in order if name not in changed]
+
+
+def _upstream(lock: Mapping[str, Any]) -> dict[str, set[str]]:
+    makes = {out["path"]: name for name, stage in lock.items() for out in stage.get("outs", [])}
+    return {
+        name: {
+            maker
+            for dep in stage.get("deps", [])
+            for path, maker in makes.items()
+            if maker != name and (_within(dep["path"], path) or _within(path, dep["path"]))
+        }
+        for name, stage in lock.items()
+    }
+
+
+def _within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+def _moved_files(old: Mapping[str, Any], new: Mapping[str, Any], kind: str) -> list[str]:
+    first, second = ({f["path"]: f.get("md5") for f in stage.get(kind, [])} for stage in (old, new))
+    return [path for path in sorted(first.keys() | second.keys()) if first.get(path) != second.get(path)]
+
+
+def _moved_params(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    first, second = (
+        {key: value for file in (stage.get("params") or {}).values() for key, value in _flat(file)}
+        for stage in (old, new)
+    )
+    return [key for key in sorted(first.keys() | second.keys()) if first.get(key) != second.get(key)]
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def _ruler(changed: Sequence[Stage]) -> list[str]:
+    """A note if what measures has changed, not only what is measured."""
+    found = sorted(
+        {why for s in changed if s.name.startswith("evaluate") for why in s.why if why not in ("new", "removed")}
+    )
+    if not found:
+        return []
+    return [f"The evaluation itself changed ({', '.join(found)}): a difference may come from how it was measured."]
+
+
+# --- measures --------------------------------------------------------------------------------------------------------
+
+
+def _measures(
+    metrics: Mapping[str, Any],
+    items: Mapping[str, tuple[list[Item], list[Item]] | None],
+    report: Report,
+    notes: list[str],
+) -> tuple[list[Compared], list[tuple[str, str, Any, Any]], int]:
+    """(measures of the models, other figures that differ, number of those that do not); adds to `notes`."""
+    measures: list[Compared] = []
+    identical = [model for model, both in items.items() if both is None]
+    if identical:
+        notes.append(f"The same answers, byte for byte: {', '.join(identical)}.")
+    for model, both in items.items():
+        if both:
+            shared = _shared(*both)
+            measures += compare(model, shared, report.alpha, report.bootstrap)
+            if len(shared) < max(map(len, both)):
+                notes.append(
+                    f"{model}: {len(shared)} questions are the same at both revisions, of {len(both[0])} before and "
+                    f"{len(both[1])} after; only these are compared."
+                )
+    figures, kept = [], 0
+    for path, found in metrics.items():
+        match = FIGURES.fullmatch(path)
+        model = match["model"] if match else ""
+        for name, value in found.items():
+            stem, _, end = name.rpartition(".")
+            if match and end in ("value", "low", "high", "n") and f"{stem}.n" in found:
+                if end == "value" and model not in items:
+                    ends = {e: found.get(f"{stem}.{e}", {}) for e in ("value", "low", "high", "n")}
+                    old, new = ({e: v.get(side) for e, v in ends.items()} for side in ("old", "new"))
+                    if None in (*old.values(), *new.values()):
+                        figures.append((path, stem, old["value"], new["value"]))
+                    else:
+                        measures.append(by_intervals(model, stem, old, new))
+            elif value.get("old") == value.get("new"):
+                kept += 1
+            else:
+                figures.append((path, name, value.get("old"), value.get("new")))
+    return measures, figures, kept
+
+
+def _shared(before: Sequence[Item], after: Sequence[Item]) -> list[tuple[Item, Item]]:
+    """The same questions, with the same reference, at both revisions."""
+    first = {item["id"]: item for item in before}
+    same = ("set", "task", "question", "reference")
+    pairs = [(first[item["id"]], item) for item in sorted(after, key=lambda item: item["id"]) if item["id"] in first]
+    return [(a, b) for a, b in pairs if all(a.get(key) == b.get(key) for key in same)]
+
+
+def compare(model: str, pairs: Sequence[tuple[Item, Item]], alpha: float, resamples: int) -> list[Compared]:
+    """Every measure that both answers have, tested in pairs. Scores that `MEASURES` does not know are watched too."""
+    known = {measure.field for measure in MEASURES}
+    fields = {key: None for pair in pairs for item in pair for key, value in item.items() if isinstance(value, float)}
+    others = [Measure(name, name, (), (), name, 0) for name in fields if name not in known]
+    found = []
+    for measure in (*MEASURES, *others):
+        if values := _values(measure, pairs):
+            found.append(_paired(model, measure, np.asarray(values, dtype=np.float64), resamples))
+    if not found:
+        return []
+    corrected = multipletests([m.p for m in found], alpha=alpha, method="holm")[1]
+    return [replace(m, p_holm=float(p), call=_call(m, float(p) < alpha)) for m, p in zip(found, corrected, strict=True)]
+
+
+def _values(measure: Measure, pairs: Sequence[tuple[Item, Item]]) -> list[tuple[float, float]]:
+    name = measure.field
+    scored = [(a, b) for a, b in pairs if name in a and name in b]
+    sets = {a["set"] for a, _ in scored}
+    part = next((part for part in measure.parts if part in sets), None)
+    return [
+        (a[name], b[name])
+        for a, b in scored
+        if (not measure.parts or a["set"] == part) and (not measure.tasks or a["task"] in measure.tasks)
+    ]
+
+
+def _paired(model: str, measure: Measure, pairs: np.ndarray[Any, Any], resamples: int) -> Compared:
+    gains = np.round(pairs[:, 1] - pairs[:, 0], DIGITS)
+    moved = gains[gains != 0]
+    up, down = int((moved > 0).sum()), int((moved < 0).sum())
+    p, low, high = 1.0, float(gains.mean()), float(gains.mean())
+    if len(moved) and measure.field in BINARY:
+        p = float(mcnemar([[0, down], [up, 0]], exact=True).pvalue)  # only the off-diagonal counts
+    elif len(moved):
+        p = float(stats.wilcoxon(moved).pvalue)
+    if len(gains) > 1 and gains.std() > 0:
+        interval = stats.bootstrap(
+            (gains,), np.mean, n_resamples=resamples, method="percentile", batch=256, rng=np.random.default_rng(SEED)
+        ).confidence_interval
+        low, high = float(interval.low), float(interval.high)
+    before, after = float(pairs[:, 0].mean()), float(pairs[:, 1].mean())
+    return Compared(model, measure, len(gains), before, after, low, high, up, down, p)
+
+
+def _call(compared: Compared, unlikely: bool) -> str:
+    if not compared.up and not compared.down:
+        return "same"
+    return _direction(compared, unlikely and not compared.low <= 0 <= compared.high)
+
+
+def _direction(compared: Compared, differs: bool) -> str:
+    if not differs:
+        return "no different"
+    if not compared.measure.better:
+        return "changed"
+    return "better" if compared.difference * compared.measure.better > 0 else "worse"
+
+
+def by_intervals(model: str, key: str, before: Mapping[str, float], after: Mapping[str, float]) -> Compared:
+    """Two means of which only `value`, `low`, `high` and `n` are known: different if their intervals don't overlap.
+
+    Of 0/1 measures Wilson's interval (Wilson 1927) is taken: the bootstrap's has no width at 0 and at 1.
+    """
+    measure = next((m for m in MEASURES if m.key == key), Measure(key, key, (), (), key.rpartition(".")[2], 0))
+    sides = []
+    for side in (before, after):
+        ends = [side["value"], side["low"], side["high"]]
+        if measure.field in BINARY:
+            ends[1:] = proportion_confint(round(side["value"] * side["n"]), side["n"], method="wilson")
+        if key.endswith("perplexity"):
+            ends = [math.log(value) for value in ends]
+        sides.append([float(value) for value in ends])
+    (old, *first), (new, *second) = sides
+    compared = Compared(model, measure, 0, old, new, intervals=((first[0], first[1]), (second[0], second[1])))
+    if dict(before) == dict(after):
+        return compared
+    return replace(compared, call=_direction(compared, first[1] < second[0] or second[1] < first[0]))
+
+
+# --- curves ----------------------------------------------------------------------------------------------------------
+
+
+def _curves(plots: Mapping[str, Any], *revisions: str) -> Iterator[Curve]:
+    """Of `dvc plots diff --json --split`; pictures are left out."""
+    for path, found in plots.items():
+        for plot in found:
+            anchors = plot.get("anchor_definitions") or {}
+            x, y = (str(anchors.get(f"<DVC_METRIC_{axis}_LABEL>")) for axis in "XY")
+            rows = anchors.get("<DVC_METRIC_DATA>") or []
+            if plot.get("type") != "vega" or not rows or x not in rows[0] or y not in rows[0]:
+                continue
+            mark = plot["content"].get("mark")
+            bar = (mark.get("type") if isinstance(mark, dict) else mark) == "bar"
+            sides = []
+            for revision in revisions:
+                mine = [row for row in rows if row.get("rev") == revision]
+                points = [(str(row[y]), _float(row[x])) if bar else (_float(row[x]), _float(row[y])) for row in mine]
+                sides.append(tuple(p for p in points if all(not isinstance(v, float) or math.isfinite(v) for v in p)))
+            title = anchors.get("<DVC_METRIC_TITLE>") or path
+            if short := re.fullmatch(r"(?:data/)?([^/]+)/plots/(?:metrics/)?(.+)\.\w+", title):
+                title = f"{short[1]}: {short[2]}"
+            if any(sides):
+                yield Curve(path, title, x, y, sides[0], sides[1], bar)
+
+
+def _float(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _first_losses(curve: Curve) -> tuple[Any, ...]:
+    words = ("loss", "rewards/margins", "rewards/accuracies", "kl", "rewards")
+    rank = next((i for i, word in enumerate(words) if word in curve.title), len(words))
+    return (curve.bar, rank, curve.title)
+
+
+def _svg(curve: Curve, names: tuple[str, str]) -> str:
+    """Both revisions in one inline SVG, whose colours are the page's own, so that it follows light and dark."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    # stand-ins, replaced below: matplotlib knows no CSS variables
+    ink, grid, colours = "#010101", "#020202", ("#030303", "#040404")
+    variables = {ink: "--soft", grid: "--line", colours[0]: "--before", colours[1]: "--after"}
+    slug = re.sub(r"\W+", "-", curve.path.lower())
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "reforge", "font.size": 9, "text.color": ink, "axes.labelcolor": ink,
+                "xtick.color": ink, "ytick.color": ink, "axes.edgecolor": grid, "font.family": "DejaVu Sans",
+                "text.parse_math": False}  # fmt: skip
+    sides = [
+        (name, side, colour)
+        for name, side, colour in zip(names, (curve.before, curve.after), colours, strict=True)
+        if side
+    ]
+    with mpl.rc_context(settings):
+        if curve.bar:
+            places = {label: i for i, label in enumerate(dict.fromkeys(p[0] for _, side, _ in sides for p in side))}
+            figure = Figure(figsize=(3.9, 0.8 + 0.3 * len(places)), layout="constrained")
+            axes = figure.add_subplot()
+            for shift, (name, side, colour) in zip((-0.2, 0.2), sides, strict=False):
+                axes.barh(
+                    [places[label] + shift for label, _ in side], [v for _, v in side], 0.38, color=colour, label=name
+                )
+            axes.set_yticks(range(len(places)), list(places))
+            axes.invert_yaxis()
+        else:
+            figure = Figure(figsize=(3.9, 2.4), layout="constrained")
+            axes = figure.add_subplot()
+            for name, side, colour in sides:
+                axes.plot(
+                    *zip(*side, strict=True), "o-" if len(side) < 16 else "-", color=colour, lw=1.6, ms=4, label=name
+                )
+            every = [value for _, side, _ in sides for _, value in side]
+            if min(every) >= 0:
+                axes.set_ylim(0, 1.08 * max(every) or 1)  # a curve that starts elsewhere looks steeper than it is
+        axes.set_xlabel(curve.x)
+        axes.grid(axis="x" if curve.bar else "y", color=grid, linewidth=0.6)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(length=0)
+        written = io.StringIO()
+        dateless = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(written, format="svg", transparent=True, metadata=dateless)
+    svg = written.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{slug}-", svg)  # ids are the page's, not the figure's
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    for stand_in, name in variables.items():
+        svg = svg.replace(stand_in, f"var({name})")
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', lambda m: f'{m[1]} role="img" aria-label="{escape(curve.title)}"', svg, count=1
+    )
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def summary(page: Page) -> str:
+    """One sentence: what differs, and what that did."""
+
+    def count(number: int, word: str) -> str:
+        return f"{number} {word}{'' if number == 1 else 's'}"
+
+    total = len(page.stages) + len(page.untouched)
+    calls = [m.call for m in page.measures]
+    said = [f"{calls.count(call)} {call}" for call in ("worse", "better", "changed") if call in calls]
+    tested = sum(call != "same" for call in calls)
+    if said:
+        measured = f"of {count(len(calls), 'measure')}, significantly {', '.join(said)}"
+    elif tested:
+        measured = f"of {count(len(calls), 'measure')}, {tested} moved, none significantly"
+    else:
+        measured = "no measure moved"
+    changed = f"{len(page.stages)} of {count(total, 'stage')} and {count(len(page.params), 'parameter')} changed"
+    return f"{changed}; {measured}"
+
+
+def markdown(page: Page, short: bool = False) -> str:
+    """The page without its curves. `short`: what is folded is left out."""
+    before, after = page.names
+
+    def fold(title: str, body: str) -> str:
+        if short:
+            return f"{title}: left out here, the HTML page has them."
+        return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
+
+    def table(head: Sequence[str], rows: Sequence[Sequence[str]], visible: int, what: str) -> list[str]:
+        lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+        cells = [f"| {' | '.join(row)} |" for row in rows]
+        out = ["\n".join([*lines, *cells[:visible]])] if cells else ["None differs."]
+        if cells[visible:]:
+            out.append(fold(f"{len(cells) - visible} {what}", "\n".join([*lines, *cells[visible:]])))
+        return out
+
+    parts = ["<!-- reforge diff -->", f"# {_text(before)} → {_text(after)}", f"**{_text(summary(page))}.**"]
+    parts.append(f"{_text(page.titles[0])} → {_text(page.titles[1])}")
+    if page.notes:
+        parts.append("\n".join(f"- {_text(note)}" for note in page.notes))
+
+    parts.append("## Measures")
+    rows = [m for m in page.measures if m.call != "same"]
+    same = [m for m in page.measures if m.call == "same"]
+    significant = len(page.significant)
+    if rows and not significant:
+        parts.append(
+            "None differs significantly. What moved most, by p:"
+            if any(m.p is not None for m in rows)
+            else "None differs significantly."
+        )
+    head = ("Model", "Measure", _text(before), _text(after), "Difference, 95 %", "p (Holm)", "")
+    parts += table(head, [_row(m) for m in rows], max(significant, SHOWN), "more that moved, none significantly")
+    if same:
+        names = [f"{_text(m.model)}: {_text(m.measure.label)} {_value(m.measure, m.after)}" for m in same]
+        parts.append(fold(f"{len(same)} the same on every item", "\n".join(f"- {name}" for name in names)))
+    if not page.measures:
+        parts.append("None moved.")
+
+    parts.append("## Parameters")
+    set_to = [(_code(name), _code(old), _code(new)) for name, old, new in page.params]
+    parts += table(("Parameter", _text(before), _text(after)), set_to, 40, "more")
+    if page.params_kept:
+        kept = "\n".join(f"- {_code(name)} {_code(value)}" for name, value in page.params_kept)
+        parts.append(fold(f"{len(page.params_kept)} the same", kept))
+
+    parts.append("## Stages")
+    touched = [
+        (
+            _text(s.name),
+            ", ".join(map(_code, s.why)) or "–",
+            ", ".join(map(_text, s.after)) or "–",
+            "differ" if s.outs else "the same bytes",
+        )
+        for s in page.stages
+    ]
+    parts += table(("Stage", "Changed of its own", "After", "Outputs"), touched, 40, "more")
+    if page.untouched:
+        parts.append(fold(f"{len(page.untouched)} unchanged", _text(", ".join(page.untouched))))
+
+    parts.append("## Other figures")
+    moved = [
+        (_text(f"{_short(path)} {name}"), _number(old), _number(new), _delta(old, new))
+        for path, name, old, new in page.figures
+    ]
+    parts += table(("Figure", _text(before), _text(after), "Difference"), moved, SHOWN, "more that differ")
+    parts.append(
+        f"{page.figures_kept} are the same. One run gives one such figure, so there is no significance to tell."
+    )
+
+    parts.append("## Curves")
+    parts.append("<!-- curves -->")
+    ends = [(_text(c.title), _ends(c.before), _ends(c.after)) for c in page.curves if not c.bar]
+    parts += table(("Curve, first → last", _text(before), _text(after)), ends, SHOWN, "more that differ")
+    parts.append(f"{page.curves_kept} plots are the same.")
+
+    parts.append("## How differences are judged")
+    parts.append(
+        "Answers to the same questions are compared in pairs: McNemar's exact test for what is right or wrong, Wilcoxon's "
+        "signed-rank test for scores, a 95 % bootstrap interval of the mean difference, Holm's correction over the measures of "
+        f"a model. Better or worse (changed, where neither direction is) is said only if the corrected p is below {page.alpha:g} and "
+        "the interval excludes 0. Where a row has no p, the answers were not at hand: it differs if the two intervals don't "
+        "overlap. “No different” says that none was shown, not that there is none. It holds for one training run and one seed "
+        "at each revision."
+    )
+    text = "\n\n".join(parts) + "\n"
+    if len(text) > LIMIT and not short:
+        return markdown(page, short=True)
+    return (
+        text
+        if len(text) <= LIMIT
+        else text[: text.rindex("\n", 0, LIMIT - 100)] + "\n\nThe rest is on the HTML page.\n"
+    )
+
+
+def html(page: Page) -> str:
+    """One self-contained page: what `markdown` says, and the curves of both revisions over each other."""
+    convert = mistune.create_markdown(escape=False, plugins=["table"])
+    body = str(convert(markdown(page)))
+    body = re.sub(r"(▼|▲|◆) (worse|better|changed)", r'<span class="call \2">\1 \2</span>', body)
+    body = body.replace("<table>", '<div class="scroll" tabindex="0"><table>').replace("</table>", "</table></div>")
+    figures = [
+        f"<figure><figcaption>{escape(curve.title)}</figcaption>{_svg(curve, page.names)}</figure>"
+        for curve in page.curves
+    ]
+    if figures:
+        key = '<p class="key"><span class="before"><i></i>{}</span><span class="after"><i></i>{}</span></p>'
+        drawn = key.format(*map(escape, page.names)) + f'<div class="cards">{"".join(figures[:SHOWN])}</div>'
+        if more := figures[SHOWN:]:
+            drawn += f'<details><summary>{len(more)} more that differ</summary><div class="cards">{"".join(more)}</div></details>'
+        body = body.replace("<!-- curves -->", drawn)
+    return PAGE.replace("TITLE", escape(f"{page.names[0]} → {page.names[1]}")).replace("BODY", body)
+
+
+def _row(m: Compared) -> tuple[str, ...]:
+    call = f"{SIGNS[m.call]} {m.call}"
+    ends = [f" [{_value(m.measure, low)}, {_value(m.measure, high)}]" for low, high in m.intervals or ()] or ["", ""]
+    values = (_value(m.measure, m.before) + ends[0], _value(m.measure, m.after) + ends[1])
+    gap = _gap(m.measure, m.difference, unit=True)
+    if m.p_holm is not None:
+        gap += f" [{_gap(m.measure, m.low)}, {_gap(m.measure, m.high)}], {m.up} up, {m.down} down of {m.n}"
+    p = (
+        "–"
+        if m.p_holm is None
+        else "< 0.0001"
+        if m.p_holm < 0.0001
+        else f"{m.p_holm:.4f}"
+        if m.p_holm < 0.01
+        else f"{m.p_holm:.2f}"
+    )
+    return (_text(m.model), _text(m.measure.label), *values, gap, p, f"**{call}**" if m.significant else call)
+
+
+def _value(measure: Measure, value: float) -> str:
+    if measure.field in BINARY:
+        return f"{100 * value:.1f} %"
+    if measure.key.endswith("perplexity"):
+        return f"{math.exp(value):.2f}"
+    return f"{value:.2f}" if measure.field in SCORES else _number(value)
+
+
+def _gap(measure: Measure, value: float, *, unit: bool = False) -> str:
+    """A signed difference; of perplexities their ratio, since what is compared is their logarithm."""
+    if measure.key.endswith("perplexity"):
+        return f"{'× ' if unit else ''}{math.exp(value):.2f}"
+    places = 1 if measure.field in BINARY else 2 if measure.field in SCORES else 3 if abs(value) < 10 else 1
+    number = round(100 * value if measure.field in BINARY else value, places)
+    text = f"{number:+.{places}f}" if number else "0"  # no sign on a zero
+    return text.replace("-", "−") + (" points" if unit and measure.field in BINARY else "")
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return _text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return (f"{value:,}".replace(",", "\u202f") if isinstance(value, int) else f"{value:.4g}").replace("-", "−")
+
+
+def _delta(old: Any, new: Any) -> str:
+    if not _is_number(old) or not _is_number(new):
+        return "new" if old is None else "gone" if new is None else "–"
+    share = f" ({100 * (new - old) / abs(old):+.1f} %)" if old else ""
+    return f"{new - old:+.4g}{share}".replace("-", "−")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _moved(row: tuple[str, str, Any, Any]) -> tuple[Any, ...]:
+    """The largest relative change first; what is no number last."""
+    path, name, old, new = row
+    if not _is_number(old) or not _is_number(new):
+        return (1, 0.0, path, name)
+    return (0, -abs(new - old) / max(abs(old), abs(new)), path, name)
+
+
+def _short(path: str) -> str:
+    """data/dpo/metrics.json → dpo, data/evaluate/sft.json → evaluate/sft."""
+    return path.removeprefix("data/").removesuffix(".json").removesuffix("/metrics")
+
+
+def _ends(points: Sequence[tuple[Any, float]]) -> str:
+    if not points:
+        return "–"
+    return _number(points[0][1]) + (f" → {_number(points[-1][1])}" if len(points) > 1 else "")
+
+
+def _text(value: Any) -> str:
+    """A text as itself: no markup, no HTML, one line."""
+    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*\[\]|~$#])|(?<!\w)_|_(?!\w)", lambda m: f"&#{ord(m[0])};", text)
+
+
+def _code(value: Any) -> str:
+    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return "–" if value is None else f"<code>{_text(shown)}</code>"
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>TITLE</title>
+<style>
+:root { --paper: #faf9f6; --card: #ffffff; --ink: #1d2126; --soft: #5c636d; --line: #e2dfd8; --wash: #f3f1eb; --before: #8d97a6; --after: #c0561c;
+  --good: #1d6e3f; --good-wash: #e2f2e8; --bad: #a82a22; --bad-wash: #fbe6e3; --note: #7a5a08; --note-wash: #fbf1d6; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14161a; --card: #1b1e23; --ink: #e7e5df; --soft: #a2a8b1; --line: #31353c; --wash: #23272d; --before: #7e8896; --after: #f0945a;
+    --good: #7fd3a0; --good-wash: #173325; --bad: #f39a91; --bad-wash: #3e1f1d; --note: #e3c06a; --note-wash: #362c12; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 80px; }
+h1, h2 { font-family: ui-serif, "Iowan Old Style", Charter, Georgia, "Noto Serif", serif; font-weight: 600; line-height: 1.2; overflow-wrap: anywhere; }
+h1 { font-size: 2rem; margin: 0 0 12px; } h2 { font-size: 1.4rem; margin: 48px 0 8px; padding-top: 16px; border-top: 1px solid var(--line); }
+p, li { max-width: 80ch; } main > p:nth-of-type(2) { color: var(--soft); font-size: .92rem; }
+code { font: .88em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; margin: 12px 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: 8px 12px; border-bottom: 1px solid var(--line); } tbody tr:last-child > * { border-bottom: 0; }
+thead th { font-size: .8rem; color: var(--soft); } td:last-child { white-space: nowrap; }
+.call { display: inline-block; font-size: .8rem; padding: 1px 8px; border-radius: 99px; white-space: nowrap; }
+.call.better { background: var(--good-wash); color: var(--good); } .call.worse { background: var(--bad-wash); color: var(--bad); } .call.changed { background: var(--note-wash); color: var(--note); }
+details { margin: 12px 0; } summary { cursor: pointer; color: var(--soft); } details li { font-size: .9rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)); gap: 16px; margin: 16px 0; align-items: start; }
+figure { margin: 0; padding: 14px; background: var(--card); border: 1px solid var(--line); border-radius: 10px; min-width: 0; } figure svg { display: block; width: 100%; height: auto; } figure svg text { font-family: inherit; }
+figcaption { font-size: .9rem; font-weight: 600; overflow-wrap: anywhere; }
+.key { display: flex; flex-wrap: wrap; gap: 4px 20px; font-size: .9rem; color: var(--soft); } .key i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px; background: var(--c); } .before { --c: var(--before); } .after { --c: var(--after); }
+</style>
+</head>
+<body>
+<main>
+BODY
+</main>
+</body>
+</html>
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 if the page was written, whatever it says."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.diff", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("before", metavar="REV", help="a commit, branch or tag")
+    parser.add_argument("after", metavar="REV2", nargs="?", help="another; default: the workspace")
+    parser.add_argument("--out", type=Path, default=Path("tmp/diff.md"), metavar="FILE", help="default: %(default)s")
+    given = parser.parse_args(arguments)
+    try:
+        if given.out.suffix != ".md":
+            raise UserError(f"--out: expected a name that ends in .md, found {given.out}")
+        page = diff(Path.cwd(), given.before, given.after)
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(markdown(page), encoding="utf-8")
+        given.out.with_suffix(".html").write_text(html(page), encoding="utf-8")
+    except (UserError, OSError) as error:
+        print(f"diff: {error}", file=sys.stderr)
+        return 1
+    print(f"diff: {summary(page)}: {given.out.with_suffix('.html')}, {given.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
