@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run flow ui test lint lock clean
+.PHONY: help setup run flow ui retrain share diff bench test lock clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -32,17 +32,27 @@ run: setup ## run the pipeline to data/report/report.html
 	dvc repro
 
 flow: setup ## the same as a Prefect flow, with nothing started before
+	python -m tasks.params
 	python -m flows.pipeline
 
 ui: setup ## Prefect's page on http://127.0.0.1:4200, with the flows ready to start
 	python -m flows.serve --start-server
 
-flow: setup ## the same pipeline as a Prefect flow, nothing started before
-	python -m tasks.params
-	python -m flows.pipeline
+retrain: setup ## fresh data, the pipeline, the gate, and a promotion or nothing
+	python -m flows.retrain
+
+share: setup ## set up the team's DVC remote: REMOTE=s3://… | ssh://… | /path, ENDPOINTURL= REGION= PROFILE= KEYFILE= USERNAME=
+	python -m flows.share $(if $(REMOTE),'$(REMOTE)') $(if $(ENDPOINTURL),--endpointurl '$(ENDPOINTURL)') $(if $(REGION),--region '$(REGION)') $(if $(PROFILE),--profile '$(PROFILE)') $(if $(KEYFILE),--keyfile '$(KEYFILE)') $(if $(USERNAME),--user '$(USERNAME)')
+
+REV ?= HEAD
+diff: setup ## one page of what changed since REV=HEAD~1 (to TO=…, default: the workspace), in tmp/diff.html and tmp/diff.md
+	python -m flows.diff '$(REV)' $(if $(TO),'$(TO)')
+
+bench: setup ## what it costs where nothing is to be done, as ratios
+	python -m bench.noop
 
 test: setup ## format check, lint, types and the whole test suite
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile
 
 clean: ## remove the environment
 	rm -rf $(VENV)

@@ -14,11 +14,12 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1" if "PYTEST_XDIST_WORKER" in os.environ else "2",  # workers beside each other share the cores
     "OMP_WAIT_POLICY": "passive",
 }
 
 import pytest
+from filelock import FileLock
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
@@ -180,12 +181,14 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     commit(folder, "tiny")
     key = hashlib.sha256((ROOT / "requirements.lock").read_bytes()).hexdigest()[:16]
     kept = ROOT / ".pytest_cache" / f"dvc-{key}"
-    if kept.is_dir():
-        shutil.copytree(kept, folder / ".dvc/cache", dirs_exist_ok=True)
-    done = run("dvc repro", folder)
-    assert len(ran(done.stdout)) + done.stdout.count("is cached - skipping run") == len(ORDER), done.stdout
-    shutil.rmtree(kept, ignore_errors=True)
-    shutil.copytree(folder / ".dvc/cache", kept)
+    kept.parent.mkdir(exist_ok=True)
+    with FileLock(kept.with_suffix(".lock")):  # of several workers one runs it, the others restore
+        if kept.is_dir():
+            shutil.copytree(kept, folder / ".dvc/cache", dirs_exist_ok=True)
+        done = run("dvc repro", folder)
+        assert len(ran(done.stdout)) + done.stdout.count("is cached - skipping run") == len(ORDER), done.stdout
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(folder / ".dvc/cache", kept)
     commit(folder, "ran")
     return folder
 

@@ -1,0 +1,143 @@
+"""What reforge costs where it has nothing to do, as ratios measured in one run.
+
+    python -m bench.noop [--rounds 7]        # in a clone whose pipeline is up to date
+
+Two comparisons, each interleaved (A B A B …) and given as medians:
+
+- `dvc repro` of this repository against `dvc repro` of ten stages that run `true`;
+- the flow `pipeline`, all stages Cached, against a flow of as many empty tasks, both against one running Prefect server.
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+EMPTY = """\
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def nothing(before):
+    return None
+
+@flow
+def empty():
+    futures = []
+    for _ in range({tasks}):
+        futures.append(nothing.submit(futures[-1:]))
+    futures[-1].result()
+
+empty()
+"""
+DVC = [sys.executable, "-m", "dvc", "repro"]
+
+
+def median_seconds(runs: Sequence[Callable[[], None]], rounds: int) -> list[float]:
+    """Median wall time of each of `runs`, in seconds; rounds alternate between them, and one before is not counted."""
+    times: list[list[float]] = [[] for _ in runs]
+    for number in range(rounds + 1):
+        for index, run in enumerate(runs):
+            started = time.perf_counter()
+            run()
+            if number:
+                times[index].append(time.perf_counter() - started)
+    return [statistics.median(found) for found in times]
+
+
+def quiet(command: Sequence[str], folder: Path, environment: dict[str, str], expected: str) -> Callable[[], None]:
+    """A run of `command` that must say `expected`: what was not a no-op is no measurement."""
+
+    def run() -> None:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)  # noqa: S603
+        if done.returncode or expected not in done.stdout + done.stderr:
+            raise SystemExit(
+                f"bench: {' '.join(command[-3:])}: expected {expected!r}, found:\n{done.stdout}{done.stderr}"
+            )
+
+    return run
+
+
+@contextmanager
+def ten_stages() -> Iterator[Path]:
+    """A repository of ten stages that run `true`, up to date."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        stages = "".join(f"  s{i}:\n    cmd: 'true'\n    deps: [in]\n" for i in range(10))
+        (folder / "dvc.yaml").write_text(f"stages:\n{stages}")
+        (folder / "in").touch()
+        for command in (["git", "init", "-q"], [*DVC[:-1], "init", "-q"], DVC):
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)  # noqa: S603
+        yield folder
+
+
+@contextmanager
+def server() -> Iterator[dict[str, str]]:
+    """A Prefect server on loopback with a database of its own, as an environment for its clients."""
+    with tempfile.TemporaryDirectory() as home, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+        probe.close()
+        url = f"http://127.0.0.1:{port}/api"
+        environment = os.environ | {
+            "PREFECT_HOME": home, "PREFECT_API_URL": url, "PREFECT_SERVER_API_HOST": "127.0.0.1",
+            "PREFECT_SERVER_API_PORT": port, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "prefect", "server", "start"]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                try:
+                    urllib.request.urlopen(f"{url}/health", timeout=2).close()  # noqa: S310  (loopback)
+                    break
+                except OSError:
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        raise SystemExit("bench: Prefect's server did not start") from None
+                    time.sleep(0.2)
+            yield environment
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print both comparisons as Markdown tables; 1 if the pipeline is not up to date."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.noop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="runs of each that are counted (default: %(default)s)")
+    rounds: int = parser.parse_args(arguments).rounds
+    said = "Data and pipelines are up to date."
+    with ten_stages() as other:
+        runs = [quiet(DVC, folder, dict(os.environ), said) for folder in (ROOT, other)]
+        ours, theirs = median_seconds(runs, rounds)
+    print("| `dvc repro` with nothing to do | seconds |\n| --- | --- |")
+    print(
+        f"| this repository | {ours:.2f} |\n| ten stages of `true` | {theirs:.2f} |\n| ratio | {ours / theirs:.2f} |\n"
+    )
+    listed = subprocess.run([*DVC[:-1], "stage", "list", "--name-only"], cwd=ROOT, capture_output=True, text=True)  # noqa: S603
+    count = len(listed.stdout.split())
+    with server() as environment:
+        runs = [
+            quiet([sys.executable, "-m", "flows.pipeline"], ROOT, environment, f"pipeline: {count} unchanged"),
+            quiet([sys.executable, "-c", EMPTY.format(tasks=count)], ROOT, environment, "Completed()"),
+        ]
+        ours, theirs = median_seconds(runs, rounds)
+    print("| flow against a running server | seconds |\n| --- | --- |")
+    print(f"| `pipeline`, {count} stages Cached | {ours:.2f} |\n| {count} empty tasks | {theirs:.2f} |")
+    print(f"| added | {ours - theirs:+.2f} |\n| ratio | {ours / theirs:.2f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
