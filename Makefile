@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run flow ui retrain share diff bench test lock clean
+.PHONY: help setup run flow ui retrain share diff bench system test lock clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -51,7 +51,20 @@ diff: setup ## one page of what changed since REV=HEAD~1 (to TO=…, default: th
 bench: setup ## what it costs where nothing is to be done, as ratios
 	python -m bench.noop
 
-test: setup ## format check, lint, types and the whole test suite
+# What only tests need of the system: a browser, an SSH server, `ss`. Tests without theirs are skipped and say so.
+system:
+	@missing=""; \
+	command -v chromium chromium-browser google-chrome >/dev/null || missing="$$missing chromium"; \
+	[ -x /usr/sbin/sshd ] || missing="$$missing openssh-server"; \
+	command -v ss >/dev/null || missing="$$missing iproute2"; \
+	[ -z "$$missing" ] && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing for the tests:$$missing"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; \
+	fi || true; \
+	[ -z "$$missing" ] || echo "if it is not there now, tests that need it are skipped:$$missing"
+
+test: setup system ## format check, lint, types and the whole test suite
 	python -m pytest -n 2 --dist loadfile
 
 clean: ## remove the environment

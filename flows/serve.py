@@ -9,7 +9,6 @@ workspace wait for each other. It leaves one automation on the server, which end
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import signal
 import socket
@@ -31,6 +30,7 @@ from prefect.schedules import Cron
 from prefect.settings import PREFECT_API_URL
 
 import flows.pipeline as pipeline_module  # sets what prefect reads at its import
+import flows.retrain as retrain_module
 import flows.sweep as sweep_module
 
 HEARTBEAT = 30  # seconds, the least that Prefect sends
@@ -44,22 +44,17 @@ def deployments(cron: str, timezone: str) -> list[Any]:
         ValueError: not a cron line, or no such time zone.
     """
     zoneinfo.ZoneInfo(timezone)
-    found: list[Any] = [
+    return [
         pipeline_module.pipeline.to_deployment("pipeline", description="Bring the stages of dvc.yaml up to date."),
         sweep_module.sweep.to_deployment(
             "sweep", description="Run the pipeline for every combination of some parameters."
         ),
+        retrain_module.retrain.to_deployment(
+            "retrain",
+            description="Refresh the data, run the pipeline, promote the model if it passes the gate.",
+            schedule=Cron(cron, timezone=timezone),
+        ),
     ]
-    if importlib.util.find_spec("flows.retrain"):
-        retrain: Any = importlib.import_module("flows.retrain").retrain
-        found.append(
-            retrain.to_deployment(
-                "retrain",
-                description="Refresh the data, run the pipeline, promote the model if it passes the gate.",
-                schedule=Cron(cron, timezone=timezone),
-            )
-        )
-    return found
 
 
 def end_lost_runs() -> None:

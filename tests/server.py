@@ -53,9 +53,14 @@ class Server:
         )[0]
 
     def tasks(self, run: str) -> dict[str, tuple[str, str]]:
-        """Task run name → (state, message) of a flow run."""
-        found = self.post("task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
-        return {task["name"]: (task["state"]["name"], task["state"]["message"]) for task in found}
+        """Task run name → (state, message) of a flow run that ended; the server writes them from events, a little later."""
+        deadline = time.monotonic() + 30
+        while True:
+            found = self.post("task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
+            states = {task["name"]: (task["state"]["name"], task["state"]["message"]) for task in found}
+            if not any(name in ("Pending", "Running") for name, _ in states.values()) or time.monotonic() > deadline:
+                return states
+            time.sleep(0.3)
 
     def artifacts(self, run: str) -> dict[str, Any]:
         found = self.post("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}})

@@ -140,24 +140,25 @@ def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], env: dict[s
     assert "Traceback" not in done.stdout
 
 
-class TestPools:
-    @pytest.fixture(scope="class")
-    def deployed(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[server.Server, Path, dict[str, str]]:
-        """A server with both pools and what prefect.yaml deploys to them."""
-        api = server.start()
-        repo = small.make(tmp_path_factory.mktemp("pools") / "repo")
-        shutil.copy(ROOT / "prefect.yaml", repo)
-        env = {"PYTHONPATH": str(ROOT), "PWD": str(repo), "REFORGE_IMAGE": "registry.example/reforge:1", **api.env}
-        run([*PREFECT, "work-pool", "create", "--type", "process", "gpu-process"], repo, **env)
-        template = run([*PREFECT, "work-pool", "get-default-base-job-template", "--type", "kubernetes"], repo, **env)
-        (repo / "pool.json").write_text(template.stdout)
-        code = (ROOT / "docs/schedule.md").read_text().split("<<'PY'\n")[1].split("    PY\n")[0]
-        run([sys.executable, "-c", textwrap.dedent(code)], repo)
-        create = ["work-pool", "create", "--type", "kubernetes", "--base-job-template", "pool.json", "gpu-kubernetes"]
-        run([*PREFECT, *create], repo, **env)
-        run([*PREFECT, "--no-prompt", "deploy", "--all"], repo, **env)
-        return api, repo, env
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> tuple[server.Server, Path, dict[str, str]]:
+    """A server with both pools and what prefect.yaml deploys to them."""
+    api = server.start()
+    repo = small.make(tmp_path_factory.mktemp("pools") / "repo")
+    shutil.copy(ROOT / "prefect.yaml", repo)
+    env = {"PYTHONPATH": str(ROOT), "PWD": str(repo), "REFORGE_IMAGE": "registry.example/reforge:1", **api.env}
+    run([*PREFECT, "work-pool", "create", "--type", "process", "gpu-process"], repo, **env)
+    template = run([*PREFECT, "work-pool", "get-default-base-job-template", "--type", "kubernetes"], repo, **env)
+    (repo / "pool.json").write_text(template.stdout)
+    code = (ROOT / "docs/schedule.md").read_text().split("<<'PY'\n")[1].split("    PY\n")[0]
+    run([sys.executable, "-c", textwrap.dedent(code)], repo)
+    create = ["work-pool", "create", "--type", "kubernetes", "--base-job-template", "pool.json", "gpu-kubernetes"]
+    run([*PREFECT, *create], repo, **env)
+    run([*PREFECT, "--no-prompt", "deploy", "--all"], repo, **env)
+    return api, repo, env
 
+
+class TestPools:
     def test_a_worker_of_the_process_pool_runs_it(self, deployed: tuple[server.Server, Path, dict[str, str]]) -> None:
         api, repo, env = deployed
         name = "pipeline/pipeline-process"
