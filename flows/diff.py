@@ -657,8 +657,17 @@ def summary(page: Page) -> str:
     return f"{changed}; {measured}"
 
 
-def markdown(page: Page, short: bool = False) -> str:
-    """The page without its curves. `short`: what is folded is left out."""
+def markdown(page: Page) -> str:
+    """The page without its curves, short enough for a comment: what is folded is left out where it has to be, then the end."""
+    text = _markdown(page)
+    if len(text) > LIMIT:
+        text = _markdown(page, short=True)
+    if len(text) > LIMIT:
+        text = text[: text.rindex("\n", 0, LIMIT - 100)] + "\n\nThe rest is on the HTML page.\n"
+    return text
+
+
+def _markdown(page: Page, short: bool = False) -> str:
     before, after = page.names
 
     def fold(title: str, body: str) -> str:
@@ -743,20 +752,13 @@ def markdown(page: Page, short: bool = False) -> str:
         "overlap. “No different” says that none was shown, not that there is none. It holds for one training run and one seed "
         "at each revision."
     )
-    text = "\n\n".join(parts) + "\n"
-    if len(text) > LIMIT and not short:
-        return markdown(page, short=True)
-    return (
-        text
-        if len(text) <= LIMIT
-        else text[: text.rindex("\n", 0, LIMIT - 100)] + "\n\nThe rest is on the HTML page.\n"
-    )
+    return "\n\n".join(parts) + "\n"
 
 
 def html(page: Page) -> str:
     """One self-contained page: what `markdown` says, and the curves of both revisions over each other."""
     convert = mistune.create_markdown(escape=False, plugins=["table"])
-    body = str(convert(markdown(page)))
+    body = str(convert(_markdown(page)))
     body = re.sub(r"(▼|▲|◆) (worse|better|changed)", r'<span class="call \2">\1 \2</span>', body)
     body = body.replace("<table>", '<div class="scroll" tabindex="0"><table>').replace("</table>", "</table></div>")
     figures = [

@@ -3,6 +3,7 @@
 import getpass
 import os
 import pty
+import secrets
 import select
 import shutil
 import socket
@@ -18,7 +19,8 @@ from flows import share
 from tasks.params import UserError
 from tests.conftest import ORDER, ROOT, commit, edit, fork, ran, run
 
-KEY, SECRET = "team-key", "s3cret#of=the/team"
+# drawn, since this file is part of the repository that is searched for them
+KEY, SECRET = f"team-key-{secrets.token_hex(4)}", f"s3cret#of=the/team-{secrets.token_hex(8)}"
 KEYS = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
 # nothing of the machine's own: no keys, no role of a cloud, no agent
 ALONE = {
