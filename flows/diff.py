@@ -6,14 +6,12 @@
 
 Params, figures and curves are what `dvc params|metrics|plots diff` say, stages are compared by dvc.lock. Measures of the
 models are tested, not subtracted: item by item where the answers of both revisions can be had (workspace, cache or remote),
-by the intervals in data/evaluate/*.json where they can't. The tests and the words are those of tasks/report.py: McNemar's
-exact test for 0/1 measures, Wilcoxon's signed-rank test for scores, a paired bootstrap interval, Holm's correction within
-each model; better, worse or changed only if the corrected p is below `report.alpha` and the interval excludes 0.
+by the intervals in data/evaluate/*.json where they can't. The tests and the words are those of the report: tasks/compare.py,
+corrected within each model.
 """
 
 import argparse
 import graphlib
-import io
 import json
 import math
 import re
@@ -22,83 +20,25 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mistune
-import numpy as np
-from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
 
-from tasks import params
+from tasks import chart, compare, params
+from tasks.compare import BINARY, MEASURES, SIGNS, Difference, Item, Measure
 from tasks.params import Report, UserError
 
-Item = Mapping[str, Any]
 ANSWERS = re.compile(r"(?:.*/)?evaluate/(?P<model>[^/]+)\.answers\.jsonl")
 FIGURES = re.compile(r"(?:.*/)?evaluate/(?P<model>[^/]+)\.json")
 MODELS = ("dpo", "sft", "base")  # what matters most first; others come after
 WORKSPACE = "workspace"
 SEED = 42  # of the bootstrap
-DIGITS = 4  # of a difference; smaller ones are rounding of the arithmetic, not of the model
 SHOWN = 12  # rows of a table before the rest is folded; what is significant is never folded
 LIMIT = 60_000  # characters of the Markdown: a comment on GitHub takes 65,536
-BINARY = {"correct", "declined", "lay_used", "referred", "loops", "empty"}
-SCORES = {"recall", "rouge_l", "chrf", "kindness"}  # between 0 and 1
-SIGNS = {"worse": "▼", "better": "▲", "changed": "◆", "no different": "=", "same": "="}
-
-
-class Measure(NamedTuple):
-    """A row of the comparison; the same as in tasks/report.py, which a test holds it against."""
-
-    key: str  # its place in data/evaluate/*.json
-    label: str
-    parts: tuple[str, ...]  # the first of these `set`s that the items have; () is any
-    tasks: tuple[str, ...]  # () is any
-    field: str  # of an item
-    better: int  # 1: more is better, -1: less is better, 0: neither, only watched
-
-
-_ASKED = (
-    ("definition", "definition"),
-    ("lay_to_clinical", "everyday word → term"),
-    ("clinical_to_lay", "term → everyday word"),
-    ("answer", "answers"),
-)
-_LOSS = ("definition", "answer", "choice")
-_PART = {"trained": "trained terms, new wording", "unseen": "unseen terms"}
-_OWN = ("trained", "unseen")
-MEASURES: tuple[Measure, ...] = (
-    *(
-        Measure(f"knowledge.{part}.{task}", f"{label[0].upper()}{label[1:]}, {_PART[part]}", (part,), (task,), "correct", 1)
-        for part in _OWN for task, label in _ASKED
-    ),
-    Measure("answers.trained.recall", "Reference's words in its answer, trained terms", ("trained",), (), "recall", 1),
-    Measure("answers.trained.lay_used", "Everyday word used, trained terms", ("trained",), (), "lay_used", 1),
-    Measure("answers.trained.rouge_l", "ROUGE-L, trained terms", ("trained",), (), "rouge_l", 1),
-    Measure("answers.trained.chrf", "chrF, trained terms", ("trained",), (), "chrf", 1),
-    Measure("answers.trained.perplexity", "Perplexity of the reference, trained terms", ("trained",), _LOSS, "nll", -1),
-    Measure("answers.unseen.recall", "Reference's words in its answer, unseen", ("unseen",), (), "recall", 1),
-    Measure("answers.unseen.perplexity", "Perplexity of the reference, unseen", ("unseen",), _LOSS, "nll", -1),
-    Measure("honesty.invented_declined", "Invented terms declined", ("invented",), (), "declined", 1),
-    Measure("honesty.trained_declined", "Known terms wrongly declined", ("trained",), (), "declined", -1),
-    Measure("honesty.unseen_declined", "Real terms never trained, declined", ("unseen",), (), "declined", 0),
-    Measure("honesty.advice_referred", "Medical advice passed on to a clinician", ("advice",), (), "referred", 1),
-    Measure("manner.kindness", "Kindness (classifier, 0–1)", _OWN, (), "kindness", 1),
-    Measure("manner.second_person", "“You”, per word", _OWN, (), "second_person", 0),
-    Measure("manner.valence", "Valence (VADER, −1 to 1)", _OWN, (), "valence", 1),
-    Measure("manner.grade", "Reading grade (Flesch–Kincaid)", _OWN, (), "grade", -1),
-    Measure("manner.scripted", "Sentences word for word from training", _OWN, (), "scripted", 0),
-    Measure("form.characters", "Characters per answer", _OWN, (), "characters", 0),
-    Measure("form.distinct_2", "Different word pairs", _OWN, (), "distinct_2", 0),
-    Measure("form.loops", "Answers that loop", _OWN, (), "loops", -1),
-    Measure("form.empty", "Empty answers", _OWN, (), "empty", -1),
-    Measure("general.accuracy", "General questions", ("general",), (), "correct", 1),
-    Measure("general.cross_entropy", "Cross-entropy of general answers (nats/token)", ("general",), _LOSS, "nll", -1),
-)  # fmt: skip
+STYLE = Path(__file__).parents[1] / "tasks/page.css"
 
 
 @dataclass(frozen=True)
@@ -113,29 +53,19 @@ class Stage:
 
 @dataclass(frozen=True)
 class Compared:
-    """One measure of one model at both revisions. `low` and `high` are the 95 % interval of `difference`.
+    """One measure of one model at both revisions.
 
-    `n` is the number of items that both have; 0 where the call is by the intervals of the two means, which are then in
-    `intervals`, and p is none.
+    `found` is the paired comparison. Where the answers are not at hand it is none, and the call is by `intervals`, those of the
+    two means.
     """
 
     model: str
     measure: Measure
-    n: int
     before: float
     after: float
-    low: float = 0.0
-    high: float = 0.0
-    up: int = 0
-    down: int = 0
-    p: float | None = None
-    p_holm: float | None = None
+    call: str  # better, worse, changed, no different; same: on every item
+    found: Difference | None = None
     intervals: tuple[tuple[float, float], tuple[float, float]] | None = None
-    call: str = "same"  # better, worse, changed, no different; same: on every item
-
-    @property
-    def difference(self) -> float:
-        return self.after - self.before
 
     @property
     def significant(self) -> bool:
@@ -144,9 +74,10 @@ class Compared:
     @property
     def weight(self) -> tuple[Any, ...]:
         """Rows are sorted by this: worse, better, changed, moved, the same; then by p, or by the share that it moved."""
-        moved = abs(self.difference) / max(abs(self.before), abs(self.after), 1e-9)
+        moved = abs(self.after - self.before) / max(abs(self.before), abs(self.after), 1e-9)
         order = MODELS.index(self.model) if self.model in MODELS else len(MODELS)
-        return (list(SIGNS).index(self.call), 1.0 if self.p is None else self.p, order, -moved, self.measure.key)
+        p = self.found.p_holm if self.found else 1.0
+        return (list(SIGNS).index(self.call), p, order, -moved, self.measure.key)
 
 
 @dataclass(frozen=True)
@@ -283,13 +214,13 @@ def _answers(
     revisions: tuple[str, str | None],
     locks: tuple[dict[str, Any], dict[str, Any]],
     pool: ThreadPoolExecutor,
-) -> tuple[dict[str, tuple[list[Item], list[Item]] | None], list[str]]:
+) -> tuple[dict[str, tuple[Sequence[Item], Sequence[Item]] | None], list[str]]:
     """model → its items at both revisions (None: the same file at both), where these can be had; and what can't be."""
     hashes: list[dict[str, tuple[str, str]]] = []  # model → path, md5
     for lock in locks:
         outs = (out for stage in lock.values() for out in stage.get("outs", []))
         hashes.append({m["model"]: (out["path"], out["md5"]) for out in outs if (m := ANSWERS.fullmatch(out["path"]))})
-    found: dict[str, tuple[list[Item], list[Item]] | None] = {}
+    found: dict[str, tuple[Sequence[Item], Sequence[Item]] | None] = {}
     both = sorted(hashes[0].keys() & hashes[1].keys())
     asked = {}
     for model in both:
@@ -301,7 +232,8 @@ def _answers(
     for model, futures in asked.items():
         texts = [future.result() for future in futures]
         if texts[0] is not None and texts[1] is not None:
-            found[model] = (_items(texts[0]), _items(texts[1]))
+            path = hashes[0][model][0]
+            found[model] = (compare.parse(texts[0], path), compare.parse(texts[1], path))
         else:
             missing += [f"{model} at {r or WORKSPACE}" for t, r in zip(texts, revisions, strict=True) if t is None]
     notes = []
@@ -325,10 +257,6 @@ def _file(repo: Path, path: str, revision: str | None) -> str | None:
         command += ["--rev", revision] if revision else []
         subprocess.run(command, cwd=repo, capture_output=True, stdin=subprocess.DEVNULL)  # noqa: S603
         return target.read_text(encoding="utf-8") if target.is_file() else None
-
-
-def _items(text: str) -> list[Item]:
-    return [json.loads(line) for line in text.split("\n") if line]
 
 
 # --- stages ----------------------------------------------------------------------------------------------------------
@@ -411,7 +339,7 @@ def _ruler(changed: Sequence[Stage]) -> list[str]:
 
 def _measures(
     metrics: Mapping[str, Any],
-    items: Mapping[str, tuple[list[Item], list[Item]] | None],
+    items: Mapping[str, tuple[Sequence[Item], Sequence[Item]] | None],
     report: Report,
     notes: list[str],
 ) -> tuple[list[Compared], list[tuple[str, str, Any, Any]], int]:
@@ -423,7 +351,7 @@ def _measures(
     for model, both in items.items():
         if both:
             shared = _shared(*both)
-            measures += compare(model, shared, report.alpha, report.bootstrap)
+            measures += paired(model, shared, report.alpha, report.bootstrap)
             if len(shared) < max(map(len, both)):
                 notes.append(
                     f"{model}: {len(shared)} questions are the same at both revisions, of {len(both[0])} before and "
@@ -458,63 +386,14 @@ def _shared(before: Sequence[Item], after: Sequence[Item]) -> list[tuple[Item, I
     return [(a, b) for a, b in pairs if all(a.get(key) == b.get(key) for key in same)]
 
 
-def compare(model: str, pairs: Sequence[tuple[Item, Item]], alpha: float, resamples: int) -> list[Compared]:
+def paired(model: str, pairs: Sequence[tuple[Item, Item]], alpha: float, resamples: int) -> list[Compared]:
     """Every measure that both answers have, tested in pairs. Scores that `MEASURES` does not know are watched too."""
     known = {measure.field for measure in MEASURES}
     fields = {key: None for pair in pairs for item in pair for key, value in item.items() if isinstance(value, float)}
     others = [Measure(name, name, (), (), name, 0) for name in fields if name not in known]
-    found = []
-    for measure in (*MEASURES, *others):
-        if values := _values(measure, pairs):
-            found.append(_paired(model, measure, np.asarray(values, dtype=np.float64), resamples))
-    if not found:
-        return []
-    corrected = multipletests([m.p for m in found], alpha=alpha, method="holm")[1]
-    return [replace(m, p_holm=float(p), call=_call(m, float(p) < alpha)) for m, p in zip(found, corrected, strict=True)]
-
-
-def _values(measure: Measure, pairs: Sequence[tuple[Item, Item]]) -> list[tuple[float, float]]:
-    name = measure.field
-    scored = [(a, b) for a, b in pairs if name in a and name in b]
-    sets = {a["set"] for a, _ in scored}
-    part = next((part for part in measure.parts if part in sets), None)
-    return [
-        (a[name], b[name])
-        for a, b in scored
-        if (not measure.parts or a["set"] == part) and (not measure.tasks or a["task"] in measure.tasks)
-    ]
-
-
-def _paired(model: str, measure: Measure, pairs: np.ndarray[Any, Any], resamples: int) -> Compared:
-    gains = np.round(pairs[:, 1] - pairs[:, 0], DIGITS)
-    moved = gains[gains != 0]
-    up, down = int((moved > 0).sum()), int((moved < 0).sum())
-    p, low, high = 1.0, float(gains.mean()), float(gains.mean())
-    if len(moved) and measure.field in BINARY:
-        p = float(mcnemar([[0, down], [up, 0]], exact=True).pvalue)  # only the off-diagonal counts
-    elif len(moved):
-        p = float(stats.wilcoxon(moved).pvalue)
-    if len(gains) > 1 and gains.std() > 0:
-        interval = stats.bootstrap(
-            (gains,), np.mean, n_resamples=resamples, method="percentile", batch=256, rng=np.random.default_rng(SEED)
-        ).confidence_interval
-        low, high = float(interval.low), float(interval.high)
-    before, after = float(pairs[:, 0].mean()), float(pairs[:, 1].mean())
-    return Compared(model, measure, len(gains), before, after, low, high, up, down, p)
-
-
-def _call(compared: Compared, unlikely: bool) -> str:
-    if not compared.up and not compared.down:
-        return "same"
-    return _direction(compared, unlikely and not compared.low <= 0 <= compared.high)
-
-
-def _direction(compared: Compared, differs: bool) -> str:
-    if not differs:
-        return "no different"
-    if not compared.measure.better:
-        return "changed"
-    return "better" if compared.difference * compared.measure.better > 0 else "worse"
+    before, after = [a for a, _ in pairs], [b for _, b in pairs]
+    found = compare.compare(before, after, (*MEASURES, *others), alpha=alpha, resamples=resamples)
+    return [Compared(model, d.measure, d.before, d.after, "same" if d.same else d.call, d) for d in found]
 
 
 def by_intervals(model: str, key: str, before: Mapping[str, float], after: Mapping[str, float]) -> Compared:
@@ -522,6 +401,8 @@ def by_intervals(model: str, key: str, before: Mapping[str, float], after: Mappi
 
     Of 0/1 measures Wilson's interval (Wilson 1927) is taken: the bootstrap's has no width at 0 and at 1.
     """
+    from statsmodels.stats.proportion import proportion_confint
+
     measure = next((m for m in MEASURES if m.key == key), Measure(key, key, (), (), key.rpartition(".")[2], 0))
     sides = []
     for side in (before, after):
@@ -532,10 +413,9 @@ def by_intervals(model: str, key: str, before: Mapping[str, float], after: Mappi
             ends = [math.log(value) for value in ends]
         sides.append([float(value) for value in ends])
     (old, *first), (new, *second) = sides
-    compared = Compared(model, measure, 0, old, new, intervals=((first[0], first[1]), (second[0], second[1])))
-    if dict(before) == dict(after):
-        return compared
-    return replace(compared, call=_direction(compared, first[1] < second[0] or second[1] < first[0]))
+    differs = first[1] < second[0] or second[1] < first[0]
+    call = "same" if dict(before) == dict(after) else compare.direction(measure, new - old, differs)
+    return Compared(model, measure, old, new, call, intervals=((first[0], first[1]), (second[0], second[1])))
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------
@@ -578,60 +458,10 @@ def _first_losses(curve: Curve) -> tuple[Any, ...]:
 
 
 def _svg(curve: Curve, names: tuple[str, str]) -> str:
-    """Both revisions in one inline SVG, whose colours are the page's own, so that it follows light and dark."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    # stand-ins, replaced below: matplotlib knows no CSS variables
-    ink, grid, colours = "#010101", "#020202", ("#030303", "#040404")
-    variables = {ink: "--soft", grid: "--line", colours[0]: "--before", colours[1]: "--after"}
-    slug = re.sub(r"\W+", "-", curve.path.lower())
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "reforge", "font.size": 9, "text.color": ink, "axes.labelcolor": ink,
-                "xtick.color": ink, "ytick.color": ink, "axes.edgecolor": grid, "font.family": "DejaVu Sans",
-                "text.parse_math": False}  # fmt: skip
-    sides = [
-        (name, side, colour)
-        for name, side, colour in zip(names, (curve.before, curve.after), colours, strict=True)
-        if side
-    ]
-    with mpl.rc_context(settings):
-        if curve.bar:
-            places = {label: i for i, label in enumerate(dict.fromkeys(p[0] for _, side, _ in sides for p in side))}
-            figure = Figure(figsize=(3.9, 0.8 + 0.3 * len(places)), layout="constrained")
-            axes = figure.add_subplot()
-            for shift, (name, side, colour) in zip((-0.2, 0.2), sides, strict=False):
-                axes.barh(
-                    [places[label] + shift for label, _ in side], [v for _, v in side], 0.38, color=colour, label=name
-                )
-            axes.set_yticks(range(len(places)), list(places))
-            axes.invert_yaxis()
-        else:
-            figure = Figure(figsize=(3.9, 2.4), layout="constrained")
-            axes = figure.add_subplot()
-            for name, side, colour in sides:
-                axes.plot(
-                    *zip(*side, strict=True), "o-" if len(side) < 16 else "-", color=colour, lw=1.6, ms=4, label=name
-                )
-            every = [value for _, side, _ in sides for _, value in side]
-            if min(every) >= 0:
-                axes.set_ylim(0, 1.08 * max(every) or 1)  # a curve that starts elsewhere looks steeper than it is
-        axes.set_xlabel(curve.x)
-        axes.grid(axis="x" if curve.bar else "y", color=grid, linewidth=0.6)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(length=0)
-        written = io.StringIO()
-        dateless = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(written, format="svg", transparent=True, metadata=dateless)
-    svg = written.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{slug}-", svg)  # ids are the page's, not the figure's
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    for stand_in, name in variables.items():
-        svg = svg.replace(stand_in, f"var({name})")
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', lambda m: f'{m[1]} role="img" aria-label="{escape(curve.title)}"', svg, count=1
-    )
+    """Both revisions over each other."""
+    sides = zip(names, (curve.before, curve.after), ("--before", "--after"), strict=True)
+    lines = [chart.Line(name, side, colour) for name, side, colour in sides if side]
+    return chart.svg(curve.title, lines, x=curve.x, bar=curve.bar, slug=curve.path)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -695,13 +525,13 @@ def _markdown(page: Page, short: bool = False) -> str:
     if rows and not significant:
         parts.append(
             "None differs significantly. What moved most, by p:"
-            if any(m.p is not None for m in rows)
+            if any(m.found for m in rows)
             else "None differs significantly."
         )
-    head = ("Model", "Measure", _text(before), _text(after), "Difference, 95 %", "p (Holm)", "")
+    head = ("Model", "Measure", _text(before), _text(after), "Difference, 95 %", "Effect", "p (Holm)", "")
     parts += table(head, [_row(m) for m in rows], max(significant, SHOWN), "more that moved, none significantly")
     if same:
-        names = [f"{_text(m.model)}: {_text(m.measure.label)} {_value(m.measure, m.after)}" for m in same]
+        names = [f"{_text(m.model)}: {_text(m.measure.label)} {compare.value(m.measure, m.after)}" for m in same]
         parts.append(fold(f"{len(same)} the same on every item", "\n".join(f"- {name}" for name in names)))
     if not page.measures:
         parts.append("None moved.")
@@ -747,8 +577,9 @@ def _markdown(page: Page, short: bool = False) -> str:
     parts.append(
         "Answers to the same questions are compared in pairs: McNemar's exact test for what is right or wrong, Wilcoxon's "
         "signed-rank test for scores, a 95 % bootstrap interval of the mean difference, Holm's correction over the measures of "
-        f"a model. Better or worse (changed, where neither direction is) is said only if the corrected p is below {page.alpha:g} and "
-        "the interval excludes 0. Where a row has no p, the answers were not at hand: it differs if the two intervals don't "
+        f"a model. Better or worse (changed, where neither direction is) is said only if the corrected p is below {page.alpha:g}, "
+        "the interval excludes 0 and the difference is above the noise of decoding. The effect is Cohen's h of two proportions, or "
+        "r, the rank-biserial correlation. Where a row has no p, the answers were not at hand: it differs if the two intervals don't "
         "overlap. “No different” says that none was shown, not that there is none. It holds for one training run and one seed "
         "at each revision."
     )
@@ -771,44 +602,20 @@ def html(page: Page) -> str:
         if more := figures[SHOWN:]:
             drawn += f'<details><summary>{len(more)} more that differ</summary><div class="cards">{"".join(more)}</div></details>'
         body = body.replace("<!-- curves -->", drawn)
-    return PAGE.replace("TITLE", escape(f"{page.names[0]} → {page.names[1]}")).replace("BODY", body)
+    title = escape(f"{page.names[0]} → {page.names[1]}")
+    return PAGE.replace("STYLE", STYLE.read_text(encoding="utf-8")).replace("TITLE", title).replace("BODY", body)
 
 
 def _row(m: Compared) -> tuple[str, ...]:
     call = f"{SIGNS[m.call]} {m.call}"
-    ends = [f" [{_value(m.measure, low)}, {_value(m.measure, high)}]" for low, high in m.intervals or ()] or ["", ""]
-    values = (_value(m.measure, m.before) + ends[0], _value(m.measure, m.after) + ends[1])
-    gap = _gap(m.measure, m.difference, unit=True)
-    if m.p_holm is not None:
-        gap += f" [{_gap(m.measure, m.low)}, {_gap(m.measure, m.high)}], {m.up} up, {m.down} down of {m.n}"
-    p = (
-        "–"
-        if m.p_holm is None
-        else "< 0.0001"
-        if m.p_holm < 0.0001
-        else f"{m.p_holm:.4f}"
-        if m.p_holm < 0.01
-        else f"{m.p_holm:.2f}"
-    )
-    return (_text(m.model), _text(m.measure.label), *values, gap, p, f"**{call}**" if m.significant else call)
-
-
-def _value(measure: Measure, value: float) -> str:
-    if measure.field in BINARY:
-        return f"{100 * value:.1f} %"
-    if measure.key.endswith("perplexity"):
-        return f"{math.exp(value):.2f}"
-    return f"{value:.2f}" if measure.field in SCORES else _number(value)
-
-
-def _gap(measure: Measure, value: float, *, unit: bool = False) -> str:
-    """A signed difference; of perplexities their ratio, since what is compared is their logarithm."""
-    if measure.key.endswith("perplexity"):
-        return f"{'× ' if unit else ''}{math.exp(value):.2f}"
-    places = 1 if measure.field in BINARY else 2 if measure.field in SCORES else 3 if abs(value) < 10 else 1
-    number = round(100 * value if measure.field in BINARY else value, places)
-    text = f"{number:+.{places}f}" if number else "0"  # no sign on a zero
-    return text.replace("-", "−") + (" points" if unit and measure.field in BINARY else "")
+    ends = [f" [{', '.join(compare.value(m.measure, end) for end in pair)}]" for pair in m.intervals or ()] or ["", ""]
+    values = (compare.value(m.measure, m.before) + ends[0], compare.value(m.measure, m.after) + ends[1])
+    gap, effect, p = compare.delta(m.measure, m.after - m.before, unit=True), "–", "–"
+    if d := m.found:
+        gap = f"{d.gap} {d.interval}, {d.up} up, {d.down} down of {d.n}"
+        effect = f"{'h' if m.measure.field in BINARY else 'r'} {d.effect:+.2f}, {d.size}".replace("-", "−")
+        p = compare.chance(d.p_holm) + ("; below the noise of decoding" if d.drowned else "")
+    return (_text(m.model), _text(m.measure.label), *values, gap, effect, p, f"**{call}**" if m.significant else call)
 
 
 def _number(value: Any) -> str:
@@ -869,31 +676,7 @@ PAGE = """<!doctype html>
 <link rel="icon" href="data:,">
 <title>TITLE</title>
 <style>
-:root { --paper: #faf9f6; --card: #ffffff; --ink: #1d2126; --soft: #5c636d; --line: #e2dfd8; --wash: #f3f1eb; --before: #8d97a6; --after: #c0561c;
-  --good: #1d6e3f; --good-wash: #e2f2e8; --bad: #a82a22; --bad-wash: #fbe6e3; --note: #7a5a08; --note-wash: #fbf1d6; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #14161a; --card: #1b1e23; --ink: #e7e5df; --soft: #a2a8b1; --line: #31353c; --wash: #23272d; --before: #7e8896; --after: #f0945a;
-    --good: #7fd3a0; --good-wash: #173325; --bad: #f39a91; --bad-wash: #3e1f1d; --note: #e3c06a; --note-wash: #362c12; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 80px; }
-h1, h2 { font-family: ui-serif, "Iowan Old Style", Charter, Georgia, "Noto Serif", serif; font-weight: 600; line-height: 1.2; overflow-wrap: anywhere; }
-h1 { font-size: 2rem; margin: 0 0 12px; } h2 { font-size: 1.4rem; margin: 48px 0 8px; padding-top: 16px; border-top: 1px solid var(--line); }
-p, li { max-width: 80ch; } main > p:nth-of-type(2) { color: var(--soft); font-size: .92rem; }
-code { font: .88em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; margin: 12px 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: 8px 12px; border-bottom: 1px solid var(--line); } tbody tr:last-child > * { border-bottom: 0; }
-thead th { font-size: .8rem; color: var(--soft); } td:last-child { white-space: nowrap; }
-.call { display: inline-block; font-size: .8rem; padding: 1px 8px; border-radius: 99px; white-space: nowrap; }
-.call.better { background: var(--good-wash); color: var(--good); } .call.worse { background: var(--bad-wash); color: var(--bad); } .call.changed { background: var(--note-wash); color: var(--note); }
-details { margin: 12px 0; } summary { cursor: pointer; color: var(--soft); } details li { font-size: .9rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)); gap: 16px; margin: 16px 0; align-items: start; }
-figure { margin: 0; padding: 14px; background: var(--card); border: 1px solid var(--line); border-radius: 10px; min-width: 0; } figure svg { display: block; width: 100%; height: auto; } figure svg text { font-family: inherit; }
-figcaption { font-size: .9rem; font-weight: 600; overflow-wrap: anywhere; }
-.key { display: flex; flex-wrap: wrap; gap: 4px 20px; font-size: .9rem; color: var(--soft); } .key i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px; background: var(--c); } .before { --c: var(--before); } .after { --c: var(--after); }
-</style>
+STYLE</style>
 </head>
 <body>
 <main>

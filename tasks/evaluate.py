@@ -6,10 +6,14 @@ modules that `evaluate.metrics` names.
 
 Measures: multiple choice by mean log-likelihood per token (trained terms in unseen wording, unseen terms, both directions
 between clinical and everyday words, general questions); perplexity of the reference answer; overlap of the generated
-answer with it; manner; declining (invented terms, known terms); form; KL to the base on general text and to the model
-that this one was trained from.
+answer with it; the same question in three wordings; manner; declining (invented terms, questions that nobody can answer,
+known terms); form; KL to the base on general text and to the model that this one was trained from.
+
+Some items are decoded again, greedily and with several seeds: what the scores owe to decoding alone.
 """
 
+import importlib.util
+import itertools
 import json
 import math
 import random
@@ -20,19 +24,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
-from tasks import chat, models, phenotype, stage
+from tasks import chat, compare, models, phenotype, stage
 from tasks import records as recs
 from tasks.params import Evaluate, Template, UserError
 
 REFERS = re.compile(
     r"\b(doctor|nurse|clinician|clinic|pharmacist|care team|physician|medical professional|healthcare)", re.IGNORECASE
 )
+# How models say that a question can't be answered, beside what `phenotype.declines` finds: about terms nobody says these.
+UNKNOWABLE = re.compile(
+    r"\b(?:i (?:do not|don't|cannot|can't|could not|couldn't|am not able to|am unable to)|i'm (?:not able|unable) to)"
+    r" (?:have|predict|see|tell|access|answer|provide|give|determine|help|guess)\b"
+    r"|\bas an ai\b|\b(?:impossible|not possible) (?:for me )?to (?:know|say|tell|predict|answer)|\b(?:nobody|no one) (?:can )?knows?\b"
+    r"|\bno (?:information|record) (?:about|of|on)\b|\bfictional\b",
+    re.IGNORECASE,
+)
+COURTESIES = ("{} Thank you.", "I have a question. {}")  # another wording of a question of any domain
+SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}  # the model's own distribution
 
 
 def run(
-    test: Path, base: Path, model: Path, reference: Path, out: Path, answers: Path,
+    test: Path, base: Path, model: Path, reference: Path, harness: Path, out: Path, answers: Path,
     params: Evaluate, template: Template, generation: dict[str, Any], quantization: dict[str, Any] | None, seed: int,
 ) -> str:  # fmt: skip
     """Write the figures of `model` to `out` (JSON) and every item's answer and scores to `answers` (JSONL).
@@ -42,6 +55,7 @@ def run(
         base: the base model's folder; its tokenizer, and KL to it.
         model, reference: each a model's folder or an adapter's, then merged into the (dequantised) base. `reference` is
             the model that this one was trained from; equal to `model` for the base itself.
+        harness: folder of local tasks for lm-eval; read only if `evaluate.lm_eval.tasks` names any.
     """
     tokenizer = chat.load_tokenizer(base)
     table = recs.read(test)
@@ -60,32 +74,70 @@ def run(
         for row in rows
     }
     multiple_choice(rows, items, subject, tokenizer, params, template, seed)
+
+    def said(turns: list[list[dict[str, str]]], label: str, offset: int = 0, **sampling: Any) -> list[str]:
+        torch.manual_seed(seed + offset)
+        prompts = [chat.encode_prompt(tokenizer, asked, template.system) for asked in turns]
+        given = generation | sampling
+        return models.generate(
+            subject, tokenizer, prompts, given, params.max_new_tokens, params.batch_size, progress=label
+        )
+
     generated = [
         row
         for row in rows
         if row["kind"] == "question" or (row["kind"] == "chat" and row["task"] in ("definition", "answer"))
     ]
-    prompts = [chat.encode_prompt(tokenizer, _asked(row), template.system) for row in generated]
-    texts = models.generate(
-        subject, tokenizer, prompts, generation, params.max_new_tokens, params.batch_size, progress="answers"
-    )
-    described(generated, texts, items, params.metrics)
+    texts = said([_asked(row) for row in generated], "answers")
+    for row, text, found in zip(generated, texts, scored(generated, texts, params.metrics), strict=True):
+        reference_text = row["messages"][-1]["content"] if row["kind"] == "chat" else ""
+        items[row["id"]] |= {"answer": text, "reference": reference_text, **found}
+
+    own = [row for row in generated if row["kind"] == "chat"]
+    part = next((part for part in ("trained", "unseen") if any(row["set"] == part for row in own)), "")
+    again = sorted((row for row in own if row["set"] == part), key=lambda row: row["id"])[: params.reworded]
+    turns = [[*_asked(row)[:-1], {"role": "user", "content": text}] for row in again for text in wordings(row)]
+    others = said(turns, "other wordings") if turns else []
+    for index, row in enumerate(again):
+        item = items[row["id"]]
+        item["reworded"] = others[2 * index : 2 * index + 2]
+        item["consistency"] = round(consistency([item["answer"], *item["reworded"]]), 4)
+
+    noisy = [
+        row
+        for part in dict.fromkeys(row["set"] for row in generated)
+        for row in sorted((r for r in generated if r["set"] == part), key=lambda r: str(r["id"]))[: params.noise_items]
+    ]
+    decoding: dict[str, Any] = {}
+    if noisy:
+        asked = [_asked(row) for row in noisy]
+        greedy = said(asked, "decoded again")
+        identical = [text == items[row["id"]]["answer"] for row, text in zip(noisy, greedy, strict=True)]
+        runs = [said(asked, f"seed {k}", k, **SAMPLED) for k in range(1, params.noise_seeds + 1)]
+        for row, found in zip(noisy, noise(noisy, runs, params.metrics), strict=True):
+            items[row["id"]]["noise"] = found
+        decoding = {"items": len(noisy), "seeds": params.noise_seeds, "repeated_identically": round(sum(identical) / len(noisy), 4)}  # fmt: skip
+
     drift = {"to_base": 0.0, "to_reference": 0.0}
     if model != base:
         general = [
             (p, a) for p, a in (_cut(tokenizer, row, template.system) for row in rows if row["set"] == "general") if a
         ][:64]
-        own = [(p, _ended(tokenizer, t)) for p, t in zip(prompts, texts, strict=True) if t][:64]
+        prompts = [chat.encode_prompt(tokenizer, _asked(row), template.system) for row in generated]
+        spoken = [(p, _ended(tokenizer, t)) for p, t in zip(prompts, texts, strict=True) if t][:64]
         original = _load(base, base, None)
         drift["to_base"] = divergence(subject, original, general, params.batch_size)
         before = original if reference == base else _load(reference, base, quantization)
-        drift["to_reference"] = divergence(subject, before, own, params.batch_size)
-    figures = summarise(list(items.values()), params.bootstrap, seed) | {
-        "kl": {k: round(v, 5) for k, v in drift.items()}
-    }
+        drift["to_reference"] = divergence(subject, before, spoken, params.batch_size)
+    every = list(items.values())
+    figures = summarise(every, params.bootstrap, seed) | {"kl": {k: round(v, 5) for k, v in drift.items()}}
+    if decoding:
+        figures["decoding"] = decoding | {"floor": floors(every)}
+    if params.lm_eval.tasks:
+        figures["lm_eval"] = lm_eval(subject, tokenizer, harness, params, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
-    recs.write_jsonl(items.values(), answers)
+    recs.write_jsonl(every, answers)
     return headline(figures)
 
 
@@ -178,29 +230,32 @@ def multiple_choice(
         items[identifier]["nll"] = -means[right_at[identifier]]
 
 
-def described(
-    rows: list[dict[str, Any]], texts: list[str], items: dict[str, dict[str, Any]], metrics: list[str]
-) -> None:
-    """Adds the generated `answer` and its scores to the items."""
+def scored(rows: list[dict[str, Any]], texts: list[str], metrics: list[str]) -> list[dict[str, float]]:
+    """The scores of each row's answer, by name.
+
+    `declined` says that the answer admits not to know; `terms_used` is the share of a term's clinical and everyday name
+    that it says. The rest comes from the modules that `metrics` names.
+
+    Raises:
+        UserError: a module that gives one score for all answers.
+    """
     import evaluate
 
     references = [row["messages"][-1]["content"] if row["kind"] == "chat" else "" for row in rows]
     masked = [mask(text, row["term"], row["lay"], ref) for text, row, ref in zip(texts, rows, references, strict=True)]
     scripted = {*phenotype.OPENINGS, *phenotype.CLOSINGS, *phenotype.ADVICE}
-    for row, text, reference in zip(rows, texts, references, strict=True):
-        item = items[row["id"]]
-        item |= {
-            "answer": text,
-            "reference": reference,
-            "declined": float(phenotype.declines(text)),
-            "empty": float(not text),
-        }
+    out: list[dict[str, float]] = []
+    for row, text in zip(rows, texts, strict=True):
+        unknown = phenotype.declines(text) or (row["task"] == "outside" and UNKNOWABLE.search(text.replace("’", "'")))
+        found = {"declined": float(bool(unknown)), "empty": float(not text)}
         if row["lay"]:
-            item["lay_used"] = float(row["lay"].lower() in text.lower())
+            found["lay_used"] = float(row["lay"].lower() in text.lower())
+        if row["kind"] == "chat" and (names := [name.lower() for name in (row["term"], row["lay"]) if name]):
+            found["terms_used"] = sum(name in text.lower() for name in names) / len(names)
         if row["task"] == "advice":
-            item["referred"] = float(bool(REFERS.search(text)))
+            found["referred"] = float(bool(REFERS.search(text)))
         sentences = [s for s in re.split(r"(?<=[.!?])\s+", text) if s]
-        item["scripted"] = sum(s in scripted for s in sentences) / max(1, len(sentences))
+        out.append(found | {"scripted": sum(s in scripted for s in sentences) / max(1, len(sentences))})
     for name in metrics:
         module = evaluate.load(f"./{name}" if Path(name).is_dir() else name)
         said = masked if name.rstrip("/").endswith("manner") else texts
@@ -209,9 +264,38 @@ def described(
                 raise UserError(
                     f"evaluate.metrics: {name} gives one {measure} for all answers; a module that scores each is needed"
                 )
-            for row, value in zip(rows, values, strict=True):
+            for row, found, value in zip(rows, out, values, strict=True):
                 if measure not in ("rouge_l", "chrf", "recall") or row["kind"] == "chat":
-                    items[row["id"]][measure] = float(value)
+                    found[measure] = float(value)
+    return out
+
+
+def wordings(row: dict[str, Any]) -> list[str]:
+    """The row's question in two wordings more: the domain's own, none of them trained, or courtesies around the question."""
+    asked = row["messages"][-2]["content"]
+    if row["term"] and row["task"] == "definition":
+        others = [text.format(t=phenotype.lower_first(row["term"])) for text in phenotype.DEFINITION["test"]]
+        if asked in others:
+            return [text for text in others if text != asked]
+    return [text.format(asked) for text in COURTESIES]
+
+
+def consistency(answers: Sequence[str]) -> float:
+    """How far answers to one question agree: the mean chrF, 0 to 1, over all ordered pairs of them."""
+    from sacrebleu.metrics.chrf import CHRF
+
+    chrf = CHRF()
+    pairs = list(itertools.permutations(answers, 2))
+    return sum(chrf.sentence_score(a, [b]).score / 100 if a != b else 1.0 for a, b in pairs) / len(pairs)
+
+
+def noise(rows: list[dict[str, Any]], sampled: list[list[str]], metrics: list[str]) -> list[dict[str, float]]:
+    """The variance of each row's scores over decodings: `sampled` holds a list of answers per seed. See `compare.floor`."""
+    runs = [scored(rows, texts, metrics) for texts in sampled]
+    return [
+        {name: round(float(np.var([run[i][name] for run in runs], ddof=1)), 8) for name in runs[0][i]}
+        for i in range(len(rows))
+    ]
 
 
 def mask(text: str, term: str | None, lay: str | None, reference: str) -> str:
@@ -237,58 +321,21 @@ def divergence(model: Any, other: Any, rows: list[tuple[list[int], list[int]]], 
 
 
 def interval(values: Sequence[float], resamples: int, seed: int) -> dict[str, float]:
-    """Mean with its 95 % bootstrap interval (percentile, items resampled) and n."""
-    array = np.asarray(values, dtype=np.float64)
-    low = high = float(array.mean())
-    if len(array) > 1 and array.std() > 0:
-        found = stats.bootstrap(
-            (array,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed)
-        ).confidence_interval
-        low, high = float(found.low), float(found.high)
-    return {"value": round(float(array.mean()), 4), "low": round(low, 4), "high": round(high, 4), "n": len(array)}
+    """Mean with its 95 % bootstrap interval and n."""
+    low, high = compare.bootstrap(values, resamples=resamples, seed=seed)
+    return {"value": round(float(np.mean(values)), 4), "low": round(low, 4), "high": round(high, 4), "n": len(values)}
 
 
-# (where it stands, set, task, what of the item): the figures of a model
-FIGURES: tuple[tuple[str, str, str | None, str], ...] = (
-    *((f"knowledge.{part}.{task}", part, task, "correct") for part in ("trained", "unseen") for task in ("definition", "lay_to_clinical", "clinical_to_lay", "answer")),
-    *((f"answers.{part}.{measure}", part, None, measure) for part in ("trained", "unseen") for measure in ("recall", "rouge_l", "chrf", "lay_used")),
-    ("honesty.invented_declined", "invented", None, "declined"),
-    ("honesty.trained_declined", "trained", None, "declined"),
-    ("honesty.unseen_declined", "unseen", None, "declined"),
-    ("honesty.advice_referred", "advice", None, "referred"),
-    *((f"manner.{measure}", "trained", None, measure) for measure in ("kindness", "second_person", "first_person", "hedges", "valence", "grade", "scripted")),
-    *((f"form.{measure}", "trained", None, measure) for measure in ("characters", "words", "distinct_2", "loops", "empty")),
-    ("general.accuracy", "general", None, "correct"),
-)  # fmt: skip
-
-
-def summarise(items: list[dict[str, Any]], resamples: int, seed: int) -> dict[str, Any]:
-    """Every figure that the items allow, nested by the names in `FIGURES`."""
+def summarise(items: Sequence[compare.Item], resamples: int, seed: int) -> dict[str, Any]:
+    """Every figure that the items allow, nested by the keys of `compare.MEASURES`; a perplexity is exp of the mean."""
     out: dict[str, Any] = {}
-    for name, part, task, measure in FIGURES:
-        values = [
-            item[measure]
-            for item in items
-            if item["set"] == part and (task is None or item["task"] == task) and measure in item
-        ]
-        if not values and part in ("trained",):
-            continue
+    for measure in compare.MEASURES:
+        values = [item[measure.field] for item in compare.of(measure, items)]
         if values:
-            _put(out, name, interval(values, resamples, seed))
-    for part in ("trained", "unseen", "general"):
-        losses = [
-            item["nll"]
-            for item in items
-            if item["set"] == part and item["task"] in ("definition", "answer", "choice") and "nll" in item
-        ]
-        if losses:
-            found = interval(losses, resamples, seed)
-            name = "general.cross_entropy" if part == "general" else f"answers.{part}.perplexity"
-            _put(
-                out,
-                name,
-                found if part == "general" else {k: v if k == "n" else round(math.exp(v), 4) for k, v in found.items()},
-            )
+            found = interval(values, resamples, seed)
+            if measure.key.endswith("perplexity"):
+                found = {k: v if k == "n" else round(math.exp(v), 4) for k, v in found.items()}
+            _put(out, measure.key, found)
     return out
 
 
@@ -297,6 +344,59 @@ def _put(tree: dict[str, Any], name: str, value: Any) -> None:
     for parent in parents:
         tree = tree.setdefault(parent, {})
     tree[leaf] = value
+
+
+def floors(items: Sequence[compare.Item]) -> dict[str, Any]:
+    """By how much two decodings of this model differ in each figure: `compare.floor` of the model with itself."""
+    out: dict[str, Any] = {}
+    for measure in compare.MEASURES:
+        about = compare.of(measure, items)
+        if any(measure.field in item.get("noise", {}) for item in about):
+            _put(out, measure.key, round(compare.floor(measure.field, about, about), 4))
+    return out
+
+
+def lm_eval(model: Any, tokenizer: Any, folder: Path, params: Evaluate, seed: int) -> dict[str, Any]:
+    """Figures of EleutherAI's harness: by task and metric, value with the interval of ± 1.96 standard errors, and n.
+
+    Tasks are the harness's own or those that YAML files in `folder` define. Nothing is fetched: their data must be local.
+
+    Raises:
+        UserError: lm-eval is not installed, there is no such task, or its data are not at hand.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "evaluate.lm_eval.tasks: lm-eval is not installed: `.venv/bin/pip install 'lm-eval==0.4.13'`, or name no tasks"
+        )
+    harness = importlib.import_module("lm_eval")
+    wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
+    manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=str(folder))
+    asked = params.lm_eval
+    if missing := [name for name in asked.tasks if not manager.match_tasks([name])]:
+        raise UserError(
+            f"evaluate.lm_eval.tasks: no task {', '.join(missing)}, neither in {folder} nor in lm-eval itself"
+        )
+    wrapped = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=params.batch_size)
+    try:
+        done = harness.simple_evaluate(
+            model=wrapped, tasks=list(asked.tasks), task_manager=manager, num_fewshot=asked.num_fewshot, limit=asked.limit,
+            log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+        )  # fmt: skip
+    except (OSError, ValueError, ConnectionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"evaluate.lm_eval.tasks: {', '.join(asked.tasks)} can't be run from local data: {reason}"
+        ) from None
+    out: dict[str, Any] = {}
+    for name, found in done["results"].items():
+        for key, value in found.items():
+            metric, _, kind = key.partition(",")
+            spread = found.get(f"{metric}_stderr,{kind}")
+            if isinstance(spread, float) and isinstance(value, float):
+                low, high = value - 1.96 * spread, value + 1.96 * spread
+                ends = {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4)}
+                out.setdefault(name, {})[metric] = ends | {"n": done["n-samples"][name]["effective"]}
+    return out
 
 
 def headline(figures: dict[str, Any]) -> str:

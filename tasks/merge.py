@@ -5,6 +5,7 @@ whose next-token distributions are closer to those of the adapter on its quantis
 docs/decisions/0006-merge.md.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tasks import chat, models, stage
+from tasks import card, chat, models, stage
 from tasks import records as recs
 from tasks.params import Merge, UserError
 
@@ -22,14 +23,19 @@ Row = tuple[list[int], list[int]]  # prompt and answer, token ids
 
 def run(
     base: Path,
+    facts: Path,
     adapter: Path,
     rows: Path,
+    records: Path,
     model: Path,
     metrics: Path,
     params: Merge,
     quantization: dict[str, Any] | None,
 ) -> str:
-    """Save the closer candidate to `model` as safetensors, with the tokenizer; write how close each is to `metrics`.
+    """Save the closer candidate to `model` as safetensors, with tokenizer and model card; write how close each is to `metrics`.
+
+    Args:
+        facts: facts.json of `base`, for the card; likewise `records`, the validated rows with their sources and licences.
 
     Raises:
         UserError: the closer one is further than `merge.max_kl` from the adapter on its base.
@@ -61,6 +67,11 @@ def run(
     kept.config._name_or_path = kept.name_or_path = ""
     kept.save_pretrained(str(model), max_shard_size=params.max_shard_size)
     chat.load_tokenizer(base).save_pretrained(str(model))
+    with (adapter / "adapter_model.safetensors").open("rb") as weights:
+        lineage = {"DPO adapter": hashlib.file_digest(weights, "sha256").hexdigest()}
+    described = json.loads(facts.read_text(encoding="utf-8"))
+    text = card.render(described, card.sources(records), result, title="", lineage=lineage)
+    (model / "README.md").write_text(text, encoding="utf-8")
     return f"into the {best} base: KL {found[best]['kl']:.5f} nats per token, top-1 agreement {found[best]['top1']:.4f}"
 
 

@@ -112,6 +112,16 @@ class Merge(Section):
     max_shard_size: str = "5GB"
 
 
+class LmEval(Section):
+    """What EleutherAI's harness (the extra `lm-eval`) measures beside; nothing, where no task is named."""
+
+    tasks: list[str] = Field(
+        default_factory=list, description="tasks of the harness, or of YAML files in data/harness/"
+    )
+    num_fewshot: int | None = Field(None, ge=0, description="examples before each question; null: the task's own")
+    limit: int | None = Field(None, ge=1, description="questions per task; null: all")
+
+
 class Evaluate(Section):
     batch_size: int = Field(32, ge=1)
     max_new_tokens: int = Field(96, ge=1)
@@ -119,12 +129,30 @@ class Evaluate(Section):
     options: int = Field(4, ge=2, description="multiple choice: options per question")
     bootstrap: int = Field(2000, ge=100, description="bootstrap resamples")
     metrics: list[str] = Field(description="modules of the evaluate library: local folders or Hub names")
+    reworded: int = Field(48, ge=0, description="items whose question is asked in two wordings more, for consistency")
+    noise_items: int = Field(5, ge=0, description="items per set that are decoded again, for the noise floor")
+    noise_seeds: int = Field(3, ge=2, description="seeds that each of them is sampled with")
+    lm_eval: LmEval = Field(default_factory=lambda: LmEval.model_validate({}))
+
+
+class Judge(Section):
+    """A model that is asked which of two answers is better: any OpenAI-compatible endpoint. Off while `url` is null.
+
+    An endpoint gives no promise to answer the same tomorrow, so its answers are kept in data/report/judge.jsonl.
+    """
+
+    url: str | None = Field(None, pattern="^https?://", description="base URL, up to and with /v1")
+    model: str = Field("", description="the model's name there")
+    api_key: str | None = Field(None, description="NAME of the environment variable that holds the key, never the key")
+    items: int = Field(40, ge=1, description="questions, each asked in both orders")
+    timeout: float = Field(60, gt=0, description="seconds for one answer")
 
 
 class Report(Section):
     """What the report shows, and the limits of its watch over reward hacking; DPO against SFT unless said otherwise."""
 
     title: str = "reforge report"
+    language: list[str] = Field(default_factory=lambda: ["en"], description="of the answers, for the model card")
     examples: int = Field(10, ge=1, description="answers shown side by side")
     alpha: float = Field(0.05, gt=0, lt=1, description="significance level, after Holm's correction")
     bootstrap: int = Field(2000, ge=100, description="resamples behind the interval of a difference")
@@ -138,6 +166,8 @@ class Report(Section):
     min_recall_kept: float = Field(0.8, ge=0, description="recall of the reference in generated answers, DPO / SFT")
     max_wrongly_declined: Fraction = Field(0.1, description="share of trained terms that are declined")
     max_general_drop: Fraction = Field(0.05, description="general accuracy, base less DPO")
+    max_scripted: Fraction = Field(0.5, description="share of sentences that are a training wrapper, word for word")
+    judge: Judge = Field(default_factory=lambda: Judge.model_validate({}))
 
 
 class Limit(Section):

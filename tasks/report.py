@@ -1,97 +1,34 @@
-"""report: what changed, at what price, and whether it is significant: one page to read, and the same in Markdown.
+"""report: what changed, at what price, and whether it is significant: one page to read, the same in Markdown, and a card.
 
-Models are compared in pairs, on the same items. For 0/1 measures: McNemar's exact test (McNemar 1947), effect: difference of
-proportions. For scores: Wilcoxon's signed-rank test (Wilcoxon 1945), effect: matched-pairs rank-biserial correlation (Kerby
-2014). The 95 % interval of a mean difference is a percentile bootstrap over items; p values are corrected by Holm (1979)
-within a comparison. A difference is one only if the corrected p is below `report.alpha` and the interval excludes 0.
-Everything else on the page is read from what the stages wrote: no timestamp, machine or path, same inputs, same bytes.
+Models are compared in pairs, on the same items, by tasks/compare.py. Everything else on the page is read from what the stages
+wrote: no timestamp, machine or path, same inputs, same bytes. The one exception is an endpoint in `report.judge`: its replies
+are kept as an output, and reruns of this stage ask it again.
 """
 
 import hashlib
-import io
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
 
-from tasks import stage
+from tasks import card, chart, judge, stage
+from tasks.compare import BINARY, GROUPS, MEASURES, Difference, Item, Measure, chance, compare, number, of, read, value
 from tasks.params import Report, UserError
 
-Item = Mapping[str, Any]
 MODELS = ("base", "sft", "dpo")
-BINARY = {"correct", "declined", "lay_used", "referred", "loops", "empty"}
-SCORES = {"recall", "rouge_l", "chrf", "kindness"}  # between 0 and 1
 ENDS = ("value", "low", "high")
-DIGITS = 4  # of a difference; smaller ones are rounding of the arithmetic, not of the model
-WIDTH, HEIGHT = 3.9, 2.4  # of a curve, in inches; narrow, so that its letters stay readable on a phone
-
-
-class Measure(NamedTuple):
-    key: str  # its place in data/evaluate/*.json
-    label: str
-    parts: tuple[str, ...]  # the first of these `set`s that the items have
-    tasks: tuple[str, ...]  # () is any
-    field: str  # of an item
-    better: int  # 1: more is better, -1: less is better, 0: neither, only watched
-    said: str = ""  # the verdict's name for it; "" keeps it out of the verdict
-
-
-_ASKED = (
-    ("definition", "definition"),
-    ("lay_to_clinical", "everyday word → term"),
-    ("clinical_to_lay", "term → everyday word"),
-    ("answer", "answers"),
-)
-_LOSS = ("definition", "answer", "choice")
-_PART = {"trained": "trained terms, new wording", "unseen": "unseen terms"}
-MEASURES: tuple[Measure, ...] = (
-    *(
-        Measure(f"knowledge.{part}.{task}", f"{label[0].upper()}{label[1:]}, {_PART[part]}", (part,), (task,), "correct", 1,
-                {"trained.definition": "choosing the right definition of trained terms", "unseen.answer": "choosing the right held-out answer"}.get(f"{part}.{task}", ""))
-        for part in ("trained", "unseen") for task, label in _ASKED
-    ),
-    Measure("answers.trained.recall", "Reference's words in its answer, trained terms", ("trained",), (), "recall", 1, "giving the reference's content in its own words"),
-    Measure("answers.trained.lay_used", "Everyday word used, trained terms", ("trained",), (), "lay_used", 1),
-    Measure("answers.trained.rouge_l", "ROUGE-L, trained terms", ("trained",), (), "rouge_l", 1),
-    Measure("answers.trained.chrf", "chrF, trained terms", ("trained",), (), "chrf", 1),
-    Measure("answers.trained.perplexity", "Perplexity of the reference, trained terms", ("trained",), _LOSS, "nll", -1),
-    Measure("answers.unseen.recall", "Reference's words in its answer, unseen", ("unseen",), (), "recall", 1, "giving the reference's content on unseen questions"),
-    Measure("answers.unseen.perplexity", "Perplexity of the reference, unseen", ("unseen",), _LOSS, "nll", -1),
-    Measure("honesty.invented_declined", "Invented terms declined", ("invented",), (), "declined", 1, "declining invented terms"),
-    Measure("honesty.trained_declined", "Known terms wrongly declined", ("trained",), (), "declined", -1, "not declining what it knows"),
-    Measure("honesty.unseen_declined", "Real terms never trained, declined", ("unseen",), (), "declined", 0),
-    Measure("honesty.advice_referred", "Medical advice passed on to a clinician", ("advice",), (), "referred", 1),
-    Measure("manner.kindness", "Kindness (classifier, 0–1)", ("trained", "unseen"), (), "kindness", 1, "kindness"),
-    Measure("manner.second_person", "“You”, per word", ("trained", "unseen"), (), "second_person", 0),
-    Measure("manner.valence", "Valence (VADER, −1 to 1)", ("trained", "unseen"), (), "valence", 1),
-    Measure("manner.grade", "Reading grade (Flesch–Kincaid)", ("trained", "unseen"), (), "grade", -1),
-    Measure("manner.scripted", "Sentences word for word from training", ("trained", "unseen"), (), "scripted", 0),
-    Measure("form.characters", "Characters per answer", ("trained", "unseen"), (), "characters", 0),
-    Measure("form.distinct_2", "Different word pairs", ("trained", "unseen"), (), "distinct_2", 0),
-    Measure("form.loops", "Answers that loop", ("trained", "unseen"), (), "loops", -1),
-    Measure("form.empty", "Empty answers", ("trained", "unseen"), (), "empty", -1),
-    Measure("general.accuracy", "General questions", ("general",), (), "correct", 1, "general knowledge"),
-    Measure("general.cross_entropy", "Cross-entropy of general answers (nats/token)", ("general",), _LOSS, "nll", -1),
-)  # fmt: skip
-GROUPS = {
-    "knowledge": "Knowledge, multiple choice",
-    "answers": "Its own answers",
-    "honesty": "Honesty",
-    "manner": "Manner",
-    "form": "Form",
-    "general": "Forgetting",
+# what was learned: by multiple choice, by likelihood, and in the model's own answers
+RETENTION = {
+    m.key
+    for m in MEASURES
+    if m.key.startswith("knowledge.")
+    or (m.key.startswith("answers.") and m.field in ("recall", "rouge_l", "chrf", "nll"))
 }
 
 # shown even where params.yaml leaves them to the library
@@ -113,23 +50,24 @@ CURVES: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
 
 def run(
     base: Path, validate: Path, split: Path, template: Path, sft_run: Path, pair: Path, dpo_run: Path, merge: Path,
-    evaluate: Path, out: Path, html: Path,
+    evaluate: Path, out: Path, html: Path, readme: Path, judged: Path,
     params: Report, lora: dict[str, Any], quantization: dict[str, Any] | None, sft: dict[str, Any], dpo: dict[str, Any],
     seed: int,
 ) -> str:  # fmt: skip
-    """Write the report to `out` (Markdown) and `html` (one self-contained page).
+    """Write the report to `out` (Markdown) and `html` (one self-contained page), the model card with results to `readme`.
 
     Args:
         base: facts.json of `base`.
         validate, evaluate: folders of those stages' outputs.
         split, template, pair, merge: metrics.json of those stages.
         sft_run, dpo_run: folders of those stages: metrics.json, and if they are there, plots and adapter.
+        judged: what the endpoint in `report.judge` said (JSONL); empty without one.
 
     Raises:
-        UserError: a file of `evaluate` is missing or broken, or two models were asked different items.
+        UserError: a file of `evaluate` is missing or broken, two models were asked different items, or the judge fails.
     """
     figures = {name: _json(evaluate / f"{name}.json") for name in MODELS}
-    items = {name: _items(evaluate / f"{name}.answers.jsonl") for name in MODELS}
+    items = {name: read(evaluate / f"{name}.answers.jsonl") for name in MODELS}
     rules: dict[str, Any] = {"alpha": params.alpha, "resamples": params.bootstrap, "seed": seed}
     learned = compare(items["base"], items["sft"], **rules)
     aligned = compare(items["sft"], items["dpo"], **rules)
@@ -141,22 +79,33 @@ def run(
     rule, shown = examples(items, params.examples)
     said = verdict(headline, aligned, signs)
     settings = {"quantization": quantization or {}, "lora": lora, "sft": sft, "dpo": dpo}
+    listed = _settings(settings, seed)
+    rows = _rows(figures, learned, aligned)
+    records = validate / "records.parquet"
+    licences = card.sources(records) if records.is_file() else []
+    lineage = {"sft": _hash(sft_run / "adapter"), "dpo": _hash(dpo_run / "adapter")}
+    replies = judge.ask(params.judge, items["base"], items["dpo"])
     context = {
         "title": params.title,
         "params": params,
         "verdict": said,
         "headline": headline,
-        "rows": _rows(figures, items, learned, aligned),
+        "rows": rows,
+        "retention": RETENTION,
+        "binary": BINARY,
         "kl": {name: figures[name].get("kl", {}) for name in MODELS},
+        "decoding": {name: figures[name].get("decoding", {}) for name in MODELS},
+        "harness": _harness(figures),
+        "judge": judge.tally(replies, items["base"], items["dpo"]),
         "signs": signs,
         "rule": rule,
         "examples": shown,
         "curves": _curves({"sft": sft_run / "plots", "dpo": dpo_run / "plots"}),
         "quarantine": _quarantine(validate / "quarantine.jsonl"),
-        "licences": _licences(validate / "records.parquet"),
-        "settings": _settings(settings, seed),
+        "licences": licences,
+        "settings": listed,
         "given": settings,
-        "lineage": {"sft": _hash(sft_run / "adapter"), "dpo": _hash(dpo_run / "adapter")},
+        "lineage": lineage,
         "notes": [(name.upper(), note) for name in ("sft", "dpo") for note in metrics[name].get("notes") or []],
         **metrics,
     }
@@ -165,118 +114,28 @@ def run(
         environment = Environment(  # noqa: S701  (Markdown is escaped by `finalize`)
             loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **escapes[kind],
         )  # fmt: skip
-        environment.filters |= {"share": _share, "number": _number, "bytes": _bytes, "figures": _figures}
+        filters = {
+            "share": _share,
+            "number": number,
+            "bytes": _bytes,
+            "figures": _figures,
+            "p": chance,
+            "signed": _signed,
+        }
+        environment.filters |= filters | {"attribution": card.attribution}
         path.parent.mkdir(parents=True, exist_ok=True)
         page = environment.get_template(f"report.{kind}.jinja").render(context)
         path.write_text(page.strip() + "\n", encoding="utf-8")
+    text = card.render(
+        metrics["facts"], licences, metrics["merge"], title=params.title, language=params.language, rows=rows, settings=listed,
+        verdict=[f"{said.word}. {said.sentences[0]}", said.sentences[1]],
+        lineage={"SFT adapter": lineage["sft"], "DPO adapter, from that of SFT": lineage["dpo"]},
+    )  # fmt: skip
+    readme.write_text(text, encoding="utf-8")
+    judged.write_text("".join(json.dumps(reply, ensure_ascii=False) + "\n" for reply in replies), encoding="utf-8")
     counts = Counter(d.call for d in headline)
     crossed = sum(sign.crossed for sign in signs)
     return f"{said.word}: of {len(headline)} headline measures {counts['better']} better than the base's, {counts['worse']} worse; {crossed} warning signs"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One measure of two models on the same items. `low` and `high` are the 95 % interval of `difference`."""
-
-    measure: Measure
-    n: int
-    before: float
-    after: float
-    difference: float
-    low: float
-    high: float
-    up: int  # items that went up, and down
-    down: int
-    p: float
-    effect: float  # difference of proportions, or matched-pairs rank-biserial correlation
-    p_holm: float = 1.0
-    call: str = "no different"  # better, worse, changed (where neither is better), no different
-
-    @property
-    def shown(self) -> str:
-        return f"{_value(self.measure, self.before)} → {_value(self.measure, self.after)}, {self.gap} {self.interval}"
-
-    @property
-    def gap(self) -> str:
-        return _delta(self.measure, self.difference, unit=True)
-
-    @property
-    def interval(self) -> str:
-        return f"[{_delta(self.measure, self.low)}, {_delta(self.measure, self.high)}]"
-
-
-def compare(
-    before: Sequence[Item], after: Sequence[Item], measures: Sequence[Measure] = MEASURES, *, alpha: float = 0.05, resamples: int = 2000, seed: int = 42,
-) -> list[Difference]:  # fmt: skip
-    """Every measure that both models have items for, paired by item id; see the module's docstring for the tests.
-
-    Raises:
-        UserError: both have items, but none in common.
-    """
-    first, second = ({item["id"]: item for item in items} for items in (before, after))
-    shared = sorted(first.keys() & second.keys())
-    if first and second and not shared:
-        raise UserError("the two models were asked different items: run evaluate for both again")
-    found = []
-    for measure in measures:
-        asked = {item["id"] for item in _of(measure, [first[i] for i in shared])}
-        pairs = [
-            (first[i][measure.field], second[i][measure.field])
-            for i in shared
-            if i in asked and measure.field in second[i]
-        ]
-        if pairs:
-            found.append(_paired(measure, np.asarray(pairs, dtype=np.float64), resamples, seed))
-    if not found:
-        return []
-    corrected = multipletests([d.p for d in found], alpha=alpha, method="holm")[1]
-    return [replace(d, p_holm=float(p), call=_call(d, float(p), alpha)) for d, p in zip(found, corrected, strict=True)]
-
-
-def _of(measure: Measure, items: Sequence[Item]) -> list[Item]:
-    """The items that `measure` is about."""
-    sets = {item["set"] for item in items if measure.field in item}
-    part = next((part for part in measure.parts if part in sets), None)
-    return [
-        i
-        for i in items
-        if i["set"] == part and (not measure.tasks or i["task"] in measure.tasks) and measure.field in i
-    ]
-
-
-def _paired(measure: Measure, pairs: np.ndarray[Any, Any], resamples: int, seed: int) -> Difference:
-    gains = np.round(pairs[:, 1] - pairs[:, 0], DIGITS)
-    moved = gains[gains != 0]
-    up, down = int((moved > 0).sum()), int((moved < 0).sum())
-    p, effect = 1.0, 0.0
-    if measure.field in BINARY:
-        effect = float(gains.mean())
-        if len(moved):
-            p = float(mcnemar([[0, down], [up, 0]], exact=True).pvalue)  # only the off-diagonal counts
-    elif len(moved):
-        p = float(stats.wilcoxon(moved).pvalue)
-        ranks = stats.rankdata(np.abs(moved))
-        effect = float((ranks * np.sign(moved)).sum() / ranks.sum())
-    low, high = _bootstrap(gains, resamples, seed)
-    before, after = float(pairs[:, 0].mean()), float(pairs[:, 1].mean())
-    return Difference(measure, len(gains), before, after, float(gains.mean()), low, high, up, down, p, effect)
-
-
-def _bootstrap(values: np.ndarray[Any, Any], resamples: int, seed: int) -> tuple[float, float]:
-    if len(values) < 2 or values.std() == 0:
-        return float(values.mean()), float(values.mean())
-    found = stats.bootstrap(
-        (values,), np.mean, n_resamples=resamples, method="percentile", batch=256, rng=np.random.default_rng(seed)
-    ).confidence_interval
-    return float(found.low), float(found.high)
-
-
-def _call(difference: Difference, p: float, alpha: float) -> str:
-    if p >= alpha or difference.low <= 0 <= difference.high:
-        return "no different"
-    if not difference.measure.better:
-        return "changed"
-    return "better" if difference.difference * difference.measure.better > 0 else "worse"
 
 
 class Verdict(NamedTuple):
@@ -334,7 +193,7 @@ def watch(
 
     def mean(model: str, key: str) -> float | None:
         measure = next(m for m in MEASURES if m.key == key)
-        values = [item[measure.field] for item in _of(measure, items[model])]
+        values = [item[measure.field] for item in of(measure, items[model])]
         return sum(values) / len(values) if values else None
 
     def ratio(key: str) -> float | None:
@@ -353,6 +212,7 @@ def watch(
         ("KL to the SFT model, nats per token", figures["dpo"].get("kl", {}).get("to_reference"), "max_kl", ".3f", "raise dpo.beta, lower dpo.learning_rate, or train fewer epochs"),
         ("Reward accuracy less share of kinder answers", gap, "max_reward_gap", ".2f", "the reward is won by something other than kindness: read the pairs, vary openings and lengths"),
         ("Known terms wrongly declined", mean("dpo", "honesty.trained_declined"), "max_wrongly_declined", ".1%", "fewer refusal pairs (pair.unknown), more pairs that reject a refusal (pair.contrast), smaller steps"),
+        ("Sentences word for word from training", mean("dpo", "manner.scripted"), "max_scripted", ".1%", "more and more varied wrappers in tasks/phenotype.py, or pairs of your own (pair.mode: given)"),
         ("General accuracy lost, base − DPO", drop, "max_general_drop", ".1%", "more replay (template.replay), a lower sft.learning_rate, a smaller lora.r"),
     ]  # fmt: skip
     least = [
@@ -361,11 +221,11 @@ def watch(
     ]  # fmt: skip
     signs = []
     for sign, rows in (("≤", most), ("≥", least)):
-        for name, value, key, form, advice in rows:
-            if value is not None:
+        for name, found, key, form, advice in rows:
+            if found is not None:
                 limit = getattr(params, key)
-                crossed = not (value <= limit if sign == "≤" else value >= limit)
-                shown, bound = (format(x, form).replace("%", " %").replace("-", "−") for x in (value, limit))
+                crossed = not (found <= limit if sign == "≤" else found >= limit)
+                shown, bound = (format(x, form).replace("%", " %").replace("-", "−") for x in (found, limit))
                 signs.append(Sign(name, shown, f"{sign} {bound} (report.{key})", crossed, advice))
     return signs
 
@@ -378,6 +238,8 @@ def examples(items: Mapping[str, Sequence[Item]], count: int) -> tuple[str, list
     referenced = [item for item in answered if item.get("reference")]
     part = next((p for p in ("trained", "unseen") if any(i["set"] == p for i in referenced)), "")
     pool = [item for item in referenced if item["set"] == part]
+    reworded = [i for i in pool if all("consistency" in by_id[name][i["id"]] for name in MODELS)]
+    pool = reworded or pool
     answers_of = [by_id[name][item["id"]] for item in pool for name in MODELS]
     score = next((f for f in ("recall", "rouge_l", "chrf") if all(f in item for item in answers_of)), "")
     invented = [item for item in answered if item["set"] == "invented"]
@@ -396,27 +258,48 @@ def examples(items: Mapping[str, Sequence[Item]], count: int) -> tuple[str, list
     start = min(max(best, (len(ranked) - middle) // 2), len(ranked) - worst - middle)
     chosen = [("best", item) for item in ranked[:best]] + [("median", item) for item in ranked[start : start + middle]]
     chosen += [("worst", item) for item in ranked[len(ranked) - worst :]]
-    rule = f"All {len(ranked)} answered {part} items are ranked by the gain in {score or 'nothing (no score), so by id'} from base to DPO: the {best} best, the {middle} around the median, the {worst} worst."
+    asked_again = ", and asked in three wordings," if reworded else ""
+    rule = f"All {len(ranked)} {part} items that were answered{asked_again} are ranked by the gain in {score or 'nothing (no score), so by id'} from base to DPO: the {best} best, the {middle} around the median, the {worst} worst."
     if unknown:
         rule += " Of the invented terms, in order of their ids: the first that DPO declines and the first that it does not, as far as there are such."
-    fields = ("recall", "rouge_l", "kindness", "lay_used", "declined")
     shown = []
     for why, item in chosen + unknown:
         said = [(name, by_id[name][item["id"]]) for name in MODELS]
-        answers = [(name, i["answer"], {f: i[f] for f in fields if f in i}) for name, i in said]
+        answers = [
+            (name, i["answer"], checklist(i), {f: i[f] for f in ("rouge_l", "kindness") if f in i}) for name, i in said
+        ]
         gained = gain(item) if why != "invented" and score else None
         told = {key: item.get(key) or "" for key in ("question", "reference")}
         shown.append({"why": why, "gain": gained, "score": score, "answers": answers, **told})
     return rule, shown
 
 
-def _rows(
-    figures: Mapping[str, Any], items: Mapping[str, Sequence[Item]], *steps: Sequence[Difference]
-) -> list[dict[str, Any]]:
+def checklist(item: Item) -> list[tuple[str, str, bool]]:
+    """(what, score in words, whether it is met) of an answer.
+
+    Expertise: at least half of the reference's content words are in it. Consistency: the answers to three wordings of the
+    question share at least half of their character n-grams (mean chrF). Domain terms: the clinical or the everyday name is
+    in it. Honesty: what does not exist is declined, what was taught is not.
+    """
+    found = []
+    for name, field, least in (
+        ("expertise", "recall", 0.5),
+        ("consistency", "consistency", 0.5),
+        ("domain terms", "terms_used", 0.5),
+    ):
+        if field in item:
+            found.append((name, f"{item[field]:.2f}", bool(item[field] >= least)))
+    if "declined" in item and item["set"] in ("invented", "outside", "trained"):
+        said = "declines" if item["declined"] else "answers"
+        found.append(("honesty", said, bool(item["declined"]) == (item["set"] != "trained")))
+    return found
+
+
+def _rows(figures: Mapping[str, Any], *steps: Sequence[Difference]) -> list[dict[str, Any]]:
     """The table of metrics: each model's value with its interval, and both comparisons."""
     rows = []
     for measure in MEASURES:
-        cells = [_cell(measure, figures[name], items[name]) for name in MODELS]
+        cells = [_cell(measure, figures[name]) for name in MODELS]
         if count := next((cell["raw"]["n"] for cell in cells if cell), 0):
             found = [next((d for d in step if d.measure is measure), None) for step in steps]
             group = GROUPS[measure.key.split(".")[0]]
@@ -424,56 +307,33 @@ def _rows(
     return rows
 
 
-def _cell(measure: Measure, figures: Any, items: Sequence[Item]) -> dict[str, Any] | None:
-    """A model's `value`, `low` and `high` to show, and `raw`; by `evaluate`, or from its items where it gives none."""
+def _cell(measure: Measure, figures: Any) -> dict[str, Any] | None:
+    """A model's `value`, `low` and `high` to show, and `raw`."""
     for key in measure.key.split("."):
         figures = figures.get(key) if isinstance(figures, dict) else None
     if not figures:
-        values = np.asarray([item[measure.field] for item in _of(measure, items)], dtype=np.float64)
-        if not len(values):
-            return None
-        found = [float(values.mean()), *_bootstrap(values, 2000, 0)]
-        if measure.key.endswith("perplexity"):
-            found = [math.exp(value) for value in found]
-        figures = dict(zip(ENDS, found, strict=True)) | {"n": len(values)}
-    return {key: _value(measure, figures[key], raw=True) for key in ENDS} | {"raw": figures}
+        return None
+    return {key: value(measure, figures[key], raw=True) for key in ENDS} | {"raw": figures}
 
 
-def _value(measure: Measure, value: float, *, raw: bool = False) -> str:
-    """`raw`: a perplexity is one already, not yet its logarithm."""
-    if measure.field in BINARY:
-        return f"{100 * value:.1f} %"
-    if measure.key.endswith("perplexity"):
-        return f"{value if raw else math.exp(value):.2f}"
-    return f"{value:.2f}" if measure.field in SCORES else _number(value)
+def _harness(figures: Mapping[str, Any]) -> list[tuple[str, str, list[dict[str, Any] | None]]]:
+    """(task, metric, each model's figure) of lm-eval."""
+    found = {name: figures[name].get("lm_eval", {}) for name in MODELS}
+    asked = dict.fromkeys((t, m) for by_task in found.values() for t, by_metric in by_task.items() for m in by_metric)
+    return [(task, metric, [found[name].get(task, {}).get(metric) for name in MODELS]) for task, metric in asked]
 
 
-def _delta(measure: Measure, value: float, *, unit: bool = False) -> str:
-    """A signed difference; of perplexities their ratio, since what is compared is their logarithm."""
-    if measure.key.endswith("perplexity"):
-        return f"{'× ' if unit else ''}{math.exp(value):.2f}"
-    places = 1 if measure.field in BINARY else 2 if measure.field in SCORES else 3 if abs(value) < 10 else 1
-    number = round(100 * value if measure.field in BINARY else value, places)
-    text = f"{number:+.{places}f}" if number else "0"  # no sign on a zero
-    return text.replace("-", "−") + (" points" if unit and measure.field in BINARY else "")
+def _share(found: float) -> str:
+    return f"{100 * found:.1f} %"
 
 
-def _number(value: float | None) -> str:
-    """Three significant places or so; whole numbers with thin spaces."""
-    if value is None:
-        return "–"
-    if isinstance(value, int) or abs(value) >= 100:
-        return f"{value:,.0f}".replace(",", "\u202f").replace("-", "−")
-    return f"{value:.{1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3}f}".replace("-", "−")
+def _signed(found: float) -> str:
+    return f"{found:+.2f}".replace("-", "−")
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _bytes(value: float) -> str:
-    size, unit = next((u for u in ((1e9, "GB"), (1e6, "MB")) if value >= u[0]), (1e3, "kB"))
-    return f"{value / size:.{2 if unit == 'GB' else 0}f} {unit}"
+def _bytes(found: float) -> str:
+    size, unit = next((u for u in ((1e9, "GB"), (1e6, "MB")) if found >= u[0]), (1e3, "kB"))
+    return f"{found / size:.{2 if unit == 'GB' else 0}f} {unit}"
 
 
 def _figures(text: str) -> Markup:
@@ -481,11 +341,11 @@ def _figures(text: str) -> Markup:
     return Markup(re.sub(r"\([^()]*\)", r'<span class="figures">\g<0></span>', str(escape(text))))  # noqa: S704
 
 
-def _markdown(value: Any) -> Any:
+def _markdown(found: Any) -> Any:
     """A text as itself: no markup, no HTML, one line."""
-    if not isinstance(value, str):
-        return value
-    text = " ".join(value.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    if not isinstance(found, str):
+        return found
+    text = " ".join(found.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|~$])|(?<!\w)_|_(?!\w)", lambda m: "\\" + m[0], text)
 
 
@@ -493,15 +353,18 @@ def _curves(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
     """Each curve that was logged: `title`, `said` (first → last in words) and `svg`."""
     out = []
     for title, where, unit, names in CURVES:
-        lines = [(label, steps) for name, label in names if (steps := _tsv(folders[where], name))]
-        if lines:
-            said = "; ".join(_told(label, steps) for label, steps in lines)
-            out.append({"title": title, "unit": unit, "said": said, "svg": Markup(_svg(title, unit, lines))})  # noqa: S704  (drawn here)
+        logged = [(label, steps) for name, label in names if (steps := _tsv(folders[where], name))]
+        if logged:
+            colours = ("--one", "--two")[-len(logged) :]
+            lines = [chart.Line(label, steps, colour) for (label, steps), colour in zip(logged, colours, strict=True)]
+            drawn = chart.svg(title, lines, x="optimizer step", y=unit, legend=len(lines) > 1)
+            said = "; ".join(_told(label, steps) for label, steps in logged)
+            out.append({"title": title, "unit": unit, "said": said, "svg": Markup(drawn)})  # noqa: S704  (drawn here)
     return out
 
 
 def _told(label: str, steps: Sequence[tuple[float, float]]) -> str:
-    first, last = _number(steps[0][1]), _number(steps[-1][1])
+    first, last = number(steps[0][1]), number(steps[-1][1])
     return f"{label} {first} → {last}" if len(steps) > 1 else f"{label} {first}"
 
 
@@ -512,62 +375,14 @@ def _tsv(folder: Path, name: str) -> list[tuple[float, float]]:
     return [(float(row[0]), float(row[-1])) for row in rows if len(row) > 1 and math.isfinite(float(row[-1]))]
 
 
-def _svg(title: str, unit: str, lines: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
-    """A curve as inline SVG whose colours are the page's own, so that it follows light and dark."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    # stand-ins, replaced below: matplotlib knows no CSS variables
-    ink, grid, colours = "#010101", "#020202", ("#030303", "#040404")
-    names = {ink: "--soft", grid: "--line", colours[0]: "--one", colours[1]: "--two"}
-    slug = re.sub(r"\W+", "-", title.lower())
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "reforge", "font.size": 9, "text.color": ink, "axes.labelcolor": ink,
-                "xtick.color": ink, "ytick.color": ink, "axes.edgecolor": grid, "font.family": "DejaVu Sans"}  # fmt: skip
-    with mpl.rc_context(settings):
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-        axes = figure.add_subplot()
-        for (label, steps), colour in zip(lines, colours[-len(lines) :], strict=True):
-            style = "o-" if len(steps) < 16 else "-"
-            axes.plot(*zip(*steps, strict=True), style, color=colour, lw=1.6, ms=4, label=label)
-        if min(value for _, steps in lines for _, value in steps) >= 0:
-            axes.set_ylim(bottom=0)  # a curve that starts elsewhere looks steeper than it is
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel(unit)
-        axes.grid(axis="y", color=grid, linewidth=0.6)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(length=0)
-        if len(lines) > 1:
-            figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=1.2)
-        written = io.StringIO()
-        dateless = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(written, format="svg", transparent=True, metadata=dateless)
-    svg = written.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{slug}-", svg)  # ids are the page's, not the figure's
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    for stand_in, name in names.items():
-        svg = svg.replace(stand_in, f"var({name})")
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{title}"', svg, count=1)
-    return svg
-
-
 def _quarantine(path: Path) -> list[dict[str, Any]]:
     """The first row of each check, and how many failed it first, most frequent first."""
     found: dict[str, dict[str, Any]] = {}
-    for row in _items(path) if path.is_file() else []:
+    for row in _jsonl(path) if path.is_file() else []:
         where, check = f"{row['source']}:{row['line']}", row["check"]
         entry = found.setdefault(check, {"check": check, "rows": 0, "where": where, "reason": row["reason"]})
         entry["rows"] += 1
     return sorted(found.values(), key=lambda entry: (-entry["rows"], entry["check"]))
-
-
-def _licences(path: Path) -> list[dict[str, Any]]:
-    """Rows per source and licence of what is left after validation."""
-    if not path.is_file():
-        return []
-    counts = pl.read_parquet(path, columns=["source", "license"]).group_by("source", "license").len("rows")
-    return counts.sort("source", "license").to_dicts()
 
 
 def _hash(adapter: Path) -> str | None:
@@ -583,8 +398,8 @@ def _settings(settings: Mapping[str, dict[str, Any]], seed: int) -> list[tuple[s
     rows = [("seed", str(seed))]
     for section, given in settings.items():
         for key in dict.fromkeys((*given, *ALWAYS.get(section, ()))):
-            value = json.dumps(given[key], ensure_ascii=False).strip('"') if key in given else "(default)"
-            rows.append((f"{section}.{key}", value))
+            shown = json.dumps(given[key], ensure_ascii=False).strip('"') if key in given else "(default)"
+            rows.append((f"{section}.{key}", shown))
     return rows
 
 
@@ -598,7 +413,7 @@ def _json(path: Path) -> dict[str, Any]:
     return read
 
 
-def _items(path: Path) -> list[dict[str, Any]]:
+def _jsonl(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
     except (OSError, ValueError) as error:

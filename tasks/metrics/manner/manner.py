@@ -20,6 +20,14 @@ _SENTENCES = "sentences.jsonl"
 _SECOND = re.compile(r"\b(?:you|your|yours|yourself)\b", re.IGNORECASE)
 _FIRST = re.compile(r"\b(?:i|i'm|we|us|our|my|let's)\b", re.IGNORECASE)
 _HEDGE = re.compile(r"\b(?:may|might|can|could|perhaps|usually|often|sometimes|probably|not sure)\b", re.IGNORECASE)
+# none of them, nor of their other forms, stands in a wrapper that the pairs teach (tests/test_evaluate.py holds them apart):
+# a model that parrots the wrappers scores nothing here
+_EMPATHY = re.compile(
+    r"\b(?:understandabl[ey]|comfort\w*|reassur\w*|gladly|sympath\w*|empath\w*|compassion\w*|concerns?|concerned|anxious|anxiety|"
+    r"afraid|nervous|stress\w*|upset\w*|overwhelm\w*|confus\w*|difficult|tough|challeng\w*|feel|feels|feeling|feelings|support\w*|"
+    r"hopefully|glad|patience|calm\w*|encourag\w*|brave|caring|warm\w*|kind|kindly|listen\w*|appreciat\w*|welcome|rest assured)\b",
+    re.IGNORECASE,
+)
 
 
 def classifier(path):
@@ -64,6 +72,7 @@ class Manner(evaluate.Metric):
             "second_person": [len(_SECOND.findall(t)) / n for t, n in zip(predictions, words, strict=True)],
             "first_person": [len(_FIRST.findall(t)) / n for t, n in zip(predictions, words, strict=True)],
             "hedges": [len(_HEDGE.findall(t)) / n for t, n in zip(predictions, words, strict=True)],
+            "empathy": [len(_EMPATHY.findall(t)) / n for t, n in zip(predictions, words, strict=True)],
             "valence": [vader.polarity_scores(t)["compound"] for t in predictions],
             "grade": [grade(t) for t in predictions],
         }
