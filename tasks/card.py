@@ -47,7 +47,6 @@ def render(
     licences: Sequence[Mapping[str, Any]],
     merge: Mapping[str, Any],
     *,
-    title: str,
     lineage: Mapping[str, str | None],
     language: Sequence[str] = (),
     rows: Sequence[Mapping[str, Any]] = (),
@@ -65,7 +64,9 @@ def render(
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    name, base = title or "reforge model", hub_id(str(facts.get("model", "")))
+    base = hub_id(str(facts.get("model", "")))
+    origin = (base or str(facts.get("model", "model"))).split("/")[-1]
+    name = f"{origin}-reforge"
     license_ = str(facts.get("license") or "unknown")
     short = re.split(r"[\s(]", license_.lower(), maxsplit=1)[0]
     known = short if short in LICENSES else "other"

@@ -128,8 +128,8 @@ class Difference:
 
     @property
     def drowned(self) -> bool:
-        """It would be a difference, were it not below the noise of decoding."""
-        return abs(self.difference) <= self.floor and not self.same
+        """Its interval excludes 0, but decoding again would move it as far."""
+        return 0 < abs(self.difference) <= self.floor and not self.low <= 0 <= self.high
 
     @property
     def shown(self) -> str:

@@ -116,7 +116,7 @@ def run(
         runs = [said(asked, f"seed {k}", k, **SAMPLED) for k in range(1, params.noise_seeds + 1)]
         for row, found in zip(noisy, noise(noisy, runs, params.metrics), strict=True):
             items[row["id"]]["noise"] = found
-        decoding = {"items": len(noisy), "seeds": params.noise_seeds, "repeated_identically": round(sum(identical) / len(noisy), 4)}  # fmt: skip
+        decoding = {"answers": len(noisy), "seeds": params.noise_seeds, "repeated_identically": round(sum(identical) / len(noisy), 4)}  # fmt: skip
 
     drift = {"to_base": 0.0, "to_reference": 0.0}
     if model != base:

@@ -70,7 +70,7 @@ def run(
     with (adapter / "adapter_model.safetensors").open("rb") as weights:
         lineage = {"DPO adapter": hashlib.file_digest(weights, "sha256").hexdigest()}
     described = json.loads(facts.read_text(encoding="utf-8"))
-    text = card.render(described, card.sources(records), result, title="", lineage=lineage)
+    text = card.render(described, card.sources(records), result, lineage=lineage)
     (model / "README.md").write_text(text, encoding="utf-8")
     return f"into the {best} base: KL {found[best]['kl']:.5f} nats per token, top-1 agreement {found[best]['top1']:.4f}"
 

@@ -127,7 +127,7 @@ def run(
         page = environment.get_template(f"report.{kind}.jinja").render(context)
         path.write_text(page.strip() + "\n", encoding="utf-8")
     text = card.render(
-        metrics["facts"], licences, metrics["merge"], title=params.title, language=params.language, rows=rows, settings=listed,
+        metrics["facts"], licences, metrics["merge"], language=params.language, rows=rows, settings=listed,
         verdict=[f"{said.word}. {said.sentences[0]}", said.sentences[1]],
         lineage={"SFT adapter": lineage["sft"], "DPO adapter, from that of SFT": lineage["dpo"]},
     )  # fmt: skip
@@ -145,7 +145,10 @@ class Verdict(NamedTuple):
 
 
 def verdict(total: Sequence[Difference], step: Sequence[Difference], signs: Sequence["Sign"]) -> Verdict:
-    """By rule: what is significantly better and worse, base → DPO (`total`) and SFT → DPO (`step`)."""
+    """By rule: what is significantly better and worse, base → DPO (`total`) and SFT → DPO (`step`).
+
+    Better needs a gain and no loss; with both it is better at a price, unless only manner gained and something else lost.
+    """
 
     def named(found: Sequence[Difference], call: str, most: int = 4) -> str:
         chosen = [d for d in found if d.call == call and d.measure.said]
@@ -154,9 +157,22 @@ def verdict(total: Sequence[Difference], step: Sequence[Difference], signs: Sequ
         return "; ".join(f"{d.measure.said} ({d.shown})" for d in chosen[:most]) + more
 
     gains, losses = named(total, "better"), named(total, "worse")
-    word = ("Better, at a price" if losses else "Better") if gains else "Worse" if losses else "No different"
-    if gains:
+    better, worse = ({d.measure.key.split(".")[0] for d in total if d.call == call} for call in ("better", "worse"))
+    # a kind tone does not make up for what is no longer right: a model that babbles may well sound kind
+    spoiled = bool(worse - {"manner"}) and not better - {"manner"}
+    word = (
+        "Worse"
+        if spoiled
+        else ("Better, at a price" if losses else "Better")
+        if gains
+        else "Worse"
+        if losses
+        else "No different"
+    )
+    if gains and not spoiled:
         answer = f"After SFT and DPO the model is better than the base at {gains}."
+    elif gains:
+        answer = f"After SFT and DPO the model is better than the base at manner alone: {gains}."
     else:
         answer = f"After SFT and DPO the model is better than the base at none of the {len(total)} headline measures."
     general = next((d for d in total if d.measure.key == "general.accuracy" and d.call == "no different"), None)
@@ -168,8 +184,8 @@ def verdict(total: Sequence[Difference], step: Sequence[Difference], signs: Sequ
     crossed = [sign.name for sign in signs if sign.crossed]
     if crossed:
         price = f"{price[:-1]}; outside its limit: {', '.join(crossed)}."
-    better, worse = named(step, "better"), named(step, "worse")
-    alone = f"DPO alone, against SFT: better at {better or 'no headline measure'}; worse at {worse or 'none'}."
+    gains, losses = named(step, "better"), named(step, "worse")
+    alone = f"DPO alone, against SFT: better at {gains or 'no headline measure'}; worse at {losses or 'none'}."
     return Verdict(word, (answer, price), alone)
 
 

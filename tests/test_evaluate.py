@@ -1,5 +1,6 @@
 """The figures, on the tiny model and on scores made by hand."""
 
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from tasks import evaluate as stage
-from tasks import models, records
-from tasks.params import Evaluate, Template
+from tasks import models, phenotype, records
+from tasks.params import Evaluate, LmEval, Template, UserError
 
 METRICS = ["tasks/metrics/overlap", "tasks/metrics/manner", "tasks/metrics/form"]
 
@@ -64,6 +65,7 @@ def _run(
         base,
         model,
         reference,
+        Path("data/harness"),
         out / "m.json",
         out / "a.jsonl",
         params=params,
@@ -198,6 +200,145 @@ def test_manner_tells_warm_from_clinical_in_words_it_never_saw() -> None:
     assert found["kindness"][0] > 0.8 > 0.2 > found["kindness"][1]
     assert found["second_person"][0] > 0 == found["second_person"][1]
     assert found["grade"][0] < found["grade"][1]
+
+
+def test_no_word_of_empathy_stands_in_a_wrapper() -> None:
+    """A model that parrots the wrappers gains nothing in empathy, one that finds words of its own does."""
+    import evaluate
+
+    wrappers = [*phenotype.OPENINGS, *phenotype.NAMING, *phenotype.CLOSINGS, *phenotype.REFUSALS, *phenotype.ADVICE]
+    own = "That sounds overwhelming, and feeling anxious is understandable. Be patient and kind with yourself."
+    said = [*wrappers, own]
+    found = evaluate.load("./tasks/metrics/manner").compute(predictions=said, references=[""] * len(said))
+    assert set(found["empathy"][:-1]) == {0.0}
+    assert found["empathy"][-1] > 0.2
+
+
+def test_three_wordings_of_a_question_of_any_domain() -> None:
+    row, _ = _row(1, "trained")
+    row["term"], row["messages"][0]["content"] = "Short thumb", "My report mentions short thumb. What is that?"
+    others = stage.wordings(row)
+    assert others == [
+        "The letter from the clinic says short thumb. What does that mean?",
+        "Could you tell me about short thumb?",
+    ]
+    row["messages"][0]["content"] = "How do I file a claim?"
+    assert stage.wordings(row) == ["How do I file a claim? Thank you.", "I have a question. How do I file a claim?"]
+
+
+def test_consistency_is_the_agreement_of_answers() -> None:
+    same, other = "A thumb that is shorter than usual.", "Enlargement of the renal pelvis."
+    assert stage.consistency([same, same, same]) == 1.0
+    two = stage.consistency([same, same, other])
+    assert stage.consistency([same, other, "xyz"]) < two < 0.6
+    assert stage.consistency(["", "", ""]) == 1.0
+
+
+def test_decoding_again(test_rows: Path, tiny: Path, tmp_path: Path, tokenizer) -> None:
+    """Greedy decoding repeats itself; sampling does not, and that is in the floor. Consistency is of the first items by id."""
+    from tasks import chat
+
+    model = models.load(tiny, None)
+    prompts = [chat.encode_prompt(tokenizer, [{"role": "user", "content": f"What is {n}?"}], None) for n in range(9)]
+    one, two = (models.generate(model, tokenizer, prompts, {}, 12, 4) for _ in range(2))
+    assert one == two
+    figures, items = _run(test_rows, tiny, tiny, tiny, tmp_path)
+    noisy = [item for item in items if "noise" in item]
+    counts = {
+        part: sum(item["set"] == part for item in noisy)
+        for part in ("trained", "unseen", "invented", "advice", "general")
+    }
+    assert counts == {"trained": 5, "unseen": 5, "invented": 3, "advice": 2, "general": 0}
+    assert figures["decoding"]["answers"] == 15
+    assert figures["decoding"]["repeated_identically"] == 1.0
+    assert max(item["noise"]["characters"] for item in noisy) > 0
+    assert figures["decoding"]["floor"]["form"]["characters"] > 0
+    assert "knowledge" not in figures["decoding"]["floor"]  # nothing is decoded for it
+    trained = [item for item in noisy if item["set"] == "trained"]
+    variance = sum(item["noise"]["characters"] for item in trained) / len(trained)
+    floor = figures["decoding"]["floor"]["form"]["characters"]
+    assert floor == pytest.approx(1.96 * (2 * variance / 5) ** 0.5, abs=1e-3)
+    asked = [item for item in items if "consistency" in item]
+    assert {item["set"] for item in asked} == {"trained"}
+    assert all(0 <= item["consistency"] <= 1 and len(item["reworded"]) == 2 for item in asked)
+
+
+@pytest.mark.parametrize(
+    ("text", "declined"),
+    [
+        ("I don't have access to your bank account.", 1.0),
+        ("As an AI, I can't predict the weather.", 1.0),
+        ("I'm not sure, I do not know that place.", 1.0),
+        ("It is impossible to say who will win.", 1.0),
+        ("The capital of Veldoria is Port Amsel.", 0.0),
+        ("You can access it at the bank.", 0.0),
+    ],
+)
+def test_declining_what_nobody_can_answer(text: str, declined: float) -> None:
+    row, _ = _row(1, "outside", "outside", "question")
+    assert stage.scored([row], [text], [])[0]["declined"] == declined
+
+
+def test_terms_used() -> None:
+    row, _ = _row(1, "trained")
+    texts = ["A thumb 1 is a small thumb.", "Thumb 1 is a finger.", "It is a finger."]
+    assert [stage.scored([row], [text], [])[0]["terms_used"] for text in texts] == [1.0, 0.5, 0.0]
+
+
+TASK = """\
+task: colours
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/colours.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_choice: "{{options}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def harness(folder: Path) -> Path:
+    """A folder with a task and its data, as data/harness holds them."""
+    folder.mkdir()
+    (folder / "colours.yaml").write_text(TASK.replace("FOLDER", str(folder)))
+    rows = [{"question": f"What is {n}?", "options": ["red", "blue"], "answer": n % 2} for n in range(12)]
+    (folder / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def _harnessed(tiny: Path, tokenizer: Any, folder: Path, *tasks: str) -> dict[str, Any]:
+    params = Evaluate(metrics=METRICS, lm_eval=LmEval(tasks=list(tasks)), batch_size=4)
+    return stage.lm_eval(models.load(tiny, None), tokenizer, folder, params, 1)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is an extra, and not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_on_a_local_task(tiny: Path, tokenizer, tmp_path: Path) -> None:
+    folder = harness(tmp_path / "harness")
+    found = _harnessed(tiny, tokenizer, folder, "colours")
+    figure = found["colours"]["acc"]
+    assert figure["n"] == 12
+    assert figure["low"] < figure["value"] < figure["high"]
+    # by hand: the option that the model finds likelier, summed over its tokens
+    model, right = models.load(tiny, None), 0
+    for n in range(12):
+        prompt = tokenizer(f"Question: What is {n}?\nAnswer:", add_special_tokens=False)["input_ids"]
+        asked = [(prompt, tokenizer(f" {o}", add_special_tokens=False)["input_ids"]) for o in ("red", "blue")]
+        sums = [sum(tokens) for tokens in models.answer_logprobs(model, asked, 1)]
+        right += int(np.argmax(sums)) == n % 2
+    assert figure["value"] == pytest.approx(right / 12, abs=0.1)
+    with pytest.raises(UserError, match="no task nonesuch"):
+        _harnessed(tiny, tokenizer, folder, "nonesuch")
+    (folder / "colours.jsonl").unlink()
+    with pytest.raises(UserError, match="can't be run from local data"):
+        _harnessed(tiny, tokenizer, folder, "colours")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_lm_eval_that_is_not_installed_is_one_line(tiny: Path, tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lm-eval is not installed"):
+        _harnessed(tiny, tokenizer, tmp_path, "colours")
 
 
 def test_form_sees_a_loop() -> None:

@@ -17,7 +17,20 @@ from tests.conftest import ROOT
 GRAPH = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 STAGES = {name: stage.get("do", stage) for name, stage in GRAPH.items()}
 ORDER = "base ingest validate split template sft pair reference dpo merge evaluate report".split()
-SHARED = {"params", "records", "chat", "models", "stage", "training", "phenotype", "fast", "compare", "chart", "card", "judge"}
+SHARED = {
+    "params",
+    "records",
+    "chat",
+    "models",
+    "stage",
+    "training",
+    "phenotype",
+    "fast",
+    "compare",
+    "chart",
+    "card",
+    "judge",
+}
 
 
 @cache
@@ -86,7 +99,20 @@ def test_layers(path: Path) -> None:
     assert others <= SHARED
     text = path.read_text()
     assert not re.search(r"^\s*(?:from|import) (?:flows|prefect|dvc)\b", text, re.MULTILINE)
-    if path.stem in ("params", "records", "stage", "phenotype", "ingest", "validate", "split", "compare", "chart", "card", "judge", "report"):
+    if path.stem in (
+        "params",
+        "records",
+        "stage",
+        "phenotype",
+        "ingest",
+        "validate",
+        "split",
+        "compare",
+        "chart",
+        "card",
+        "judge",
+        "report",
+    ):
         assert not re.search(r"^\s*(?:from|import) (?:torch|transformers|trl|peft)\b", text, re.MULTILINE)
 
 

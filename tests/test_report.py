@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 
-from tasks import report
+from tasks import compare, report
 from tasks.params import Report, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -66,10 +65,11 @@ def answers(model: str, *, seed: int = 0, terms: int = 60) -> Items:
             "second_person": 0.05,
             "first_person": 0.0,
         }
-        item |= {"hedges": 0.0, "valence": rng.gauss(0.1, 0.2), "grade": rng.gauss(8, 2)}
+        item |= {"hedges": 0.0, "empathy": 0.01, "valence": rng.gauss(0.1, 0.2), "grade": rng.gauss(8, 2)}
         if reference:
             recall = 0.0 if declined else min(1.0, max(0.0, rng.gauss(skill["recall"], 0.12)))
-            item |= {"recall": recall, "rouge_l": 0.8 * recall, "chrf": 0.9 * recall}
+            item |= {"recall": recall, "rouge_l": 0.8 * recall, "chrf": 0.9 * recall, "terms_used": 0.5}
+            item |= {"consistency": min(1.0, max(0.0, rng.gauss(skill["recall"], 0.1)))}
 
     for part, count in (("trained", terms), ("unseen", terms // 2)):
         for task in ("definition", "lay_to_clinical", "clinical_to_lay"):
@@ -93,6 +93,16 @@ def answers(model: str, *, seed: int = 0, terms: int = 60) -> Items:
             "question": f"What is lipoptosis {n}?",
         }
         spoken(item, skill["invented"], "")
+        out.append(item)
+    for n in range(20):
+        item = {
+            "id": f"outside{n:04}",
+            "set": "outside",
+            "task": "outside",
+            "term": None,
+            "question": f"What is in my pocket? {n}",
+        }
+        spoken(item, skill["invented"] / 2, "")
         out.append(item)
     for n in range(12):
         item = {
@@ -119,7 +129,7 @@ def write_json(path: Path, value: object) -> None:
 def write_model(folder: Path, name: str, items: Items) -> None:
     figures: dict[str, Any] = {}
     for measure in report.MEASURES:
-        values = [item[measure.field] for item in report._of(measure, items)]
+        values = [item[measure.field] for item in compare.of(measure, items)]
         if values:
             node = figures
             *parents, leaf = measure.key.split(".")
@@ -129,9 +139,10 @@ def write_model(folder: Path, name: str, items: Items) -> None:
             ends = (mean, mean - half, mean + half)
             if leaf == "perplexity":
                 ends = (math.exp(mean), math.exp(mean - half), math.exp(mean + half))
-            elif measure.field in report.BINARY:
+            elif measure.field in compare.BINARY:
                 ends = (mean, max(0.0, mean - half), min(1.0, mean + half))
             node[leaf] = dict(zip(("value", "low", "high"), ends, strict=True)) | {"n": len(values)}
+    figures["decoding"] = {"answers": 25, "seeds": 3, "repeated_identically": 1.0, "floor": {}}
     figures["kl"] = {"to_base": 0.7 * (name != "base"), "to_reference": {"base": 0.0, "sft": 1.4, "dpo": 0.21}[name]}
     write_json(folder / f"{name}.json", figures)
     (folder / f"{name}.answers.jsonl").write_text(
@@ -221,95 +232,16 @@ def made(data: Path, to: str = "report", **params: Any) -> tuple[str, str, str]:
     summary = report.run(
         data / "base/facts.json", data / "validate", data / "split/metrics.json", data / "template/metrics.json", data / "sft",
         data / "pair/metrics.json", data / "dpo", data / "merge/metrics.json", data / "evaluate", out / "report.md", out / "report.html",
+        out / "README.md", out / "judge.jsonl",
         params=Report(**{"bootstrap": 100, **params}), lora=LORA, quantization=NF4, sft=SFT, dpo=DPO, seed=42,
     )  # fmt: skip
     return summary, (out / "report.html").read_text(), (out / "report.md").read_text()
 
 
-def called(before: Items, after: Items) -> dict[str, str]:
-    return {d.measure.key: d.call for d in report.compare(before, after, resamples=300)}
-
-
-class TestCompare:
-    def test_the_same_model_is_no_different(self) -> None:
-        sft = answers("sft")
-        assert set(called(sft, sft).values()) == {"no different"}
-        # nor when it is only computed in another order
-        shaken = [item | ({"nll": item["nll"] + 1e-6} if "nll" in item else {}) for item in sft]
-        assert set(called(sft, shaken[::-1]).values()) == {"no different"}
-
-    def test_an_equally_good_model_is_no_different(self) -> None:
-        assert set(called(answers("sft"), answers("sft", seed=1)).values()) == {"no different"}
-
-    def test_a_better_model_is_better_and_the_reverse_is_worse(self) -> None:
-        up, down = called(answers("base"), answers("sft")), called(answers("sft"), answers("base"))
-        for key in ("knowledge.trained.definition", "answers.trained.recall", "answers.trained.perplexity"):
-            assert (up[key], down[key]) == ("better", "worse")
-        assert up["knowledge.unseen.definition"] == down["knowledge.unseen.definition"] == "no different"
-        assert up["manner.kindness"] == "worse"
-        assert up["form.characters"] == "changed"
-
-    def test_wrong_refusals_are_worse_and_right_ones_better(self) -> None:
-        sft, refuses = answers("sft"), answers("sft")
-        for item in refuses:
-            if "declined" in item:
-                item["declined"] = 1.0
-        found = called(sft, refuses)
-        assert (found["honesty.invented_declined"], found["honesty.trained_declined"]) == ("better", "worse")
-        assert found["honesty.unseen_declined"] == "changed"
-
-    def test_figures_are_those_of_scipy(self) -> None:
-        base, sft = answers("base"), answers("sft")
-        found = {d.measure.key: d for d in report.compare(base, sft, resamples=300)}
-        pairs = [(a, b) for a, b in zip(base, sft, strict=True) if a["set"] == "trained"]
-        wins = [b["correct"] - a["correct"] for a, b in pairs if a["task"] == "definition"]
-        knowledge = found["knowledge.trained.definition"]
-        assert (knowledge.up, knowledge.down) == (wins.count(1), wins.count(-1))
-        assert knowledge.p == pytest.approx(stats.binomtest(wins.count(1), wins.count(1) + wins.count(-1)).pvalue)
-        assert knowledge.effect == knowledge.difference == pytest.approx(sum(wins) / 60)
-        recall = found["answers.trained.recall"]
-        gains = [b["recall"] - a["recall"] for a, b in pairs if "recall" in a]
-        assert recall.difference == pytest.approx(sum(gains) / len(gains), abs=1e-4)
-        assert recall.low < recall.difference < recall.high
-        assert recall.effect > 0.9
-        assert all(d.p_holm >= d.p for d in found.values())
-        assert sum(d.p_holm > d.p for d in found.values()) > 3
-
-    def test_holm_takes_back_what_chance_gives(self) -> None:
-        """Seven items won and none lost are a difference when tested alone (p 1/64), and none among four tests."""
-        before = [
-            {"id": f"{n:02}", "set": "trained", "task": "definition", "correct": float(n >= 7)} for n in range(20)
-        ]
-        after = [item | {"correct": 1.0} for item in before]
-        measure = next(m for m in report.MEASURES if m.key == "knowledge.trained.definition")
-        (alone,) = report.compare(before, after, [measure])
-        many = report.compare(before, after, [measure] * 4)
-        assert (alone.p, alone.p_holm, alone.call) == (1 / 64, 1 / 64, "better")
-        assert {(d.p, d.p_holm, d.call) for d in many} == {(1 / 64, 1 / 16, "no different")}
-
-    def test_ranks_and_mean_must_agree(self) -> None:
-        """Most items a little up, a few far down: the ranks say up, the mean does not, and no difference is called."""
-        before = [{"id": f"{n:03}", "set": "trained", "task": "definition", "recall": 0.9} for n in range(60)]
-        after = [item | {"recall": 0.0 if n < 6 else 0.98} for n, item in enumerate(before)]
-        measure = next(m for m in report.MEASURES if m.key == "answers.trained.recall")
-        (found,) = report.compare(before, after, [measure])
-        assert (found.p < 0.001, found.low < 0 < found.high, found.effect > 0) == (True, True, True)
-        assert found.call == "no different"
-
-    def test_one_item_and_no_item(self) -> None:
-        one = [{"id": "a", "set": "trained", "task": "definition", "correct": 0.0, "recall": 0.1}]
-        assert {d.call for d in report.compare(one, [one[0] | {"correct": 1.0, "recall": 0.9}])} == {"no different"}
-        assert report.compare([], []) == []
-
-    def test_different_items_are_refused(self) -> None:
-        with pytest.raises(UserError, match="different items"):
-            report.compare([{"id": "a", "set": "trained"}], [{"id": "b", "set": "trained"}])
-
-
 class TestVerdict:
     def of(self, base: Items, sft: Items, dpo: Items, signs: Sequence[report.Sign] = ()) -> report.Verdict:
-        headline = report.compare(base, dpo, [m for m in report.MEASURES if m.said], resamples=300)
-        return report.verdict(headline, report.compare(sft, dpo, resamples=300), signs)
+        headline = compare.compare(base, dpo, [m for m in report.MEASURES if m.said], resamples=300)
+        return report.verdict(headline, compare.compare(sft, dpo, resamples=300), signs)
 
     def test_better(self) -> None:
         found = self.of(answers("base"), answers("sft"), answers("dpo"))
@@ -365,7 +297,7 @@ class TestWatch:
         signs = report.watch(
             Report(**{"max_length_ratio": 4.0, **params}), figures, items, {"rewards_accuracies": 0.98}
         )
-        assert len(signs) == 8
+        assert len(signs) == 9
         return [sign for sign in signs if sign.crossed]
 
     def test_silent_where_all_is_well(self) -> None:
@@ -406,7 +338,16 @@ class TestExamples:
         assert [e["gain"] for e in shown[6:8]] == gains[:2][::-1]
         middle = gains[len(gains) // 2]
         assert all(abs(e["gain"] - middle) < 0.1 for e in shown[3:6])
-        assert [{n: s for n, _, s in e["answers"]}["dpo"]["declined"] for e in shown[8:]] == [1.0, 0.0]
+        assert [e["answers"][2][2][-1] for e in shown[8:]] == [
+            ("honesty", "declines", True),
+            ("honesty", "answers", False),
+        ]
+        assert [name for name, *_ in shown[0]["answers"][0][2]] == [
+            "expertise",
+            "consistency",
+            "domain terms",
+            "honesty",
+        ]
         assert "3 best, the 3 around the median, the 2 worst" in rule
 
     @pytest.mark.parametrize("count", [1, 2, 5, 7, 10, 33, 500])
