@@ -34,7 +34,7 @@ def svg(
     names = {f"#{n:02x}{n:02x}{n:02x}": name for n, name in enumerate(("--soft", "--line", *dict.fromkeys(line.colour for line in lines)), 1)}  # fmt: skip
     stand_in = {name: colour for colour, name in names.items()}
     ink, grid = stand_in["--soft"], stand_in["--line"]
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "reforge", "font.size": 9, "text.color": ink, "axes.labelcolor": ink,
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "reforge", "font.size": 10, "text.color": ink, "axes.labelcolor": ink,
                 "xtick.color": ink, "ytick.color": ink, "axes.edgecolor": grid, "font.family": "DejaVu Sans",
                 "text.parse_math": False}  # fmt: skip
     with mpl.rc_context(settings):

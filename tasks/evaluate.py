@@ -18,7 +18,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ UNKNOWABLE = re.compile(
     re.IGNORECASE,
 )
 COURTESIES = ("{} Thank you.", "I have a question. {}")  # another wording of a question of any domain
+Said = Callable[..., list[str]]  # turns of each prompt, a label, an offset of the seed, GenerationConfig → answers
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}  # the model's own distribution
 
 
@@ -93,31 +94,8 @@ def run(
         reference_text = row["messages"][-1]["content"] if row["kind"] == "chat" else ""
         items[row["id"]] |= {"answer": text, "reference": reference_text, **found}
 
-    own = [row for row in generated if row["kind"] == "chat"]
-    part = next((part for part in ("trained", "unseen") if any(row["set"] == part for row in own)), "")
-    again = sorted((row for row in own if row["set"] == part), key=lambda row: row["id"])[: params.reworded]
-    turns = [[*_asked(row)[:-1], {"role": "user", "content": text}] for row in again for text in wordings(row)]
-    others = said(turns, "other wordings") if turns else []
-    for index, row in enumerate(again):
-        item = items[row["id"]]
-        item["reworded"] = others[2 * index : 2 * index + 2]
-        item["consistency"] = round(consistency([item["answer"], *item["reworded"]]), 4)
-
-    noisy = [
-        row
-        for part in dict.fromkeys(row["set"] for row in generated)
-        for row in sorted((r for r in generated if r["set"] == part), key=lambda r: str(r["id"]))[: params.noise_items]
-    ]
-    decoding: dict[str, Any] = {}
-    if noisy:
-        asked = [_asked(row) for row in noisy]
-        greedy = said(asked, "decoded again")
-        identical = [text == items[row["id"]]["answer"] for row, text in zip(noisy, greedy, strict=True)]
-        runs = [said(asked, f"seed {k}", k, **SAMPLED) for k in range(1, params.noise_seeds + 1)]
-        for row, found in zip(noisy, noise(noisy, runs, params.metrics), strict=True):
-            items[row["id"]]["noise"] = found
-        decoding = {"answers": len(noisy), "seeds": params.noise_seeds, "repeated_identically": round(sum(identical) / len(noisy), 4)}  # fmt: skip
-
+    ask_again(generated, items, said, params.reworded)
+    decoding = decode_again(generated, items, said, params)
     drift = {"to_base": 0.0, "to_reference": 0.0}
     if model != base:
         general = [
@@ -270,6 +248,50 @@ def scored(rows: list[dict[str, Any]], texts: list[str], metrics: list[str]) -> 
     return out
 
 
+def ask_again(rows: list[dict[str, Any]], items: dict[str, dict[str, Any]], said: Said, count: int) -> None:
+    """Adds `reworded` (the answers to two other wordings) and `consistency` to `count` items, the first by id."""
+    own = [row for row in rows if row["kind"] == "chat"]
+    part = next((part for part in ("trained", "unseen") if any(row["set"] == part for row in own)), "")
+    again = sorted((row for row in own if row["set"] == part), key=lambda row: str(row["id"]))[:count]
+    turns = [[*_asked(row)[:-1], {"role": "user", "content": text}] for row in again for text in wordings(row)]
+    others = said(turns, "other wordings") if turns else []
+    for index, row in enumerate(again):
+        item = items[row["id"]]
+        item["reworded"] = others[2 * index : 2 * index + 2]
+        item["consistency"] = round(consistency([item["answer"], *item["reworded"]]), 4)
+
+
+def decode_again(
+    rows: list[dict[str, Any]], items: dict[str, dict[str, Any]], said: Said, params: Evaluate
+) -> dict[str, Any]:
+    """What the scores owe to decoding: the first items by id of each set are decoded once more greedily, among other rows,
+    and sampled with several seeds. Adds `noise` to these items: the variance of each score over the seeds (see
+    `compare.floor`). Returns how many `answers` and `seeds`, and the share that greedy decoding `repeated_identically`.
+    """
+    chosen = [
+        row
+        for part in dict.fromkeys(row["set"] for row in rows)
+        for row in sorted((r for r in rows if r["set"] == part), key=lambda r: str(r["id"]))[: params.noise_items]
+    ]
+    if not chosen:
+        return {}
+    asked = [_asked(row) for row in chosen]
+    greedy = said(asked, "decoded again")
+    identical = sum(text == items[row["id"]]["answer"] for row, text in zip(chosen, greedy, strict=True))
+    runs = [
+        scored(chosen, said(asked, "sampled", k, **SAMPLED), params.metrics) for k in range(1, params.noise_seeds + 1)
+    ]
+    for index, row in enumerate(chosen):
+        items[row["id"]]["noise"] = {
+            name: round(float(np.var([run[index][name] for run in runs], ddof=1)), 8) for name in runs[0][index]
+        }
+    return {
+        "answers": len(chosen),
+        "seeds": params.noise_seeds,
+        "repeated_identically": round(identical / len(chosen), 4),
+    }
+
+
 def wordings(row: dict[str, Any]) -> list[str]:
     """The row's question in two wordings more: the domain's own, none of them trained, or courtesies around the question."""
     asked = row["messages"][-2]["content"]
@@ -287,15 +309,6 @@ def consistency(answers: Sequence[str]) -> float:
     chrf = CHRF()
     pairs = list(itertools.permutations(answers, 2))
     return sum(chrf.sentence_score(a, [b]).score / 100 if a != b else 1.0 for a, b in pairs) / len(pairs)
-
-
-def noise(rows: list[dict[str, Any]], sampled: list[list[str]], metrics: list[str]) -> list[dict[str, float]]:
-    """The variance of each row's scores over decodings: `sampled` holds a list of answers per seed. See `compare.floor`."""
-    runs = [scored(rows, texts, metrics) for texts in sampled]
-    return [
-        {name: round(float(np.var([run[i][name] for run in runs], ddof=1)), 8) for name in runs[0][i]}
-        for i in range(len(rows))
-    ]
 
 
 def mask(text: str, term: str | None, lay: str | None, reference: str) -> str:

@@ -41,6 +41,7 @@ class Browser:
             time.sleep(0.1)
         number, path = port.read_text().split()
         self.numbers = itertools.count(1)
+        self.events: list[dict[str, Any]] = []  # what the browser told unasked, oldest first
         self.socket = connect(f"ws://127.0.0.1:{number}{path}", max_size=None)
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -54,7 +55,9 @@ class Browser:
         self.socket.send(json.dumps(message))
         while True:
             answer = json.loads(self.socket.recv(timeout=60))
-            if answer.get("id") == number:
+            if "method" in answer:
+                self.events.append(answer)
+            elif answer.get("id") == number:
                 assert "error" not in answer, answer
                 return answer["result"]
 
