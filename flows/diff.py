@@ -679,7 +679,7 @@ PAGE = """<!doctype html>
 STYLE</style>
 </head>
 <body>
-<main>
+<main class="diff">
 BODY
 </main>
 </body>

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks import compare, report
+from tasks import compare, params, report
 from tasks.params import Report, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -226,14 +226,15 @@ def write_curves(folder: Path) -> None:
     write_curve(folder / "dpo/plots", "eval/kl_to_reference", [0.05, 0.15, 0.2], 28)
 
 
-def made(data: Path, to: str = "report", **params: Any) -> tuple[str, str, str]:
+def made(data: Path, to: str = "report", settings: dict[str, Any] | None = None, **given: Any) -> tuple[str, str, str]:
     """(summary, page, Markdown) of the report on `data`."""
     out = data / to
+    settings = settings or {"lora": LORA, "quantization": NF4, "sft": SFT, "dpo": DPO}
     summary = report.run(
         data / "base/facts.json", data / "validate", data / "split/metrics.json", data / "template/metrics.json", data / "sft",
         data / "pair/metrics.json", data / "dpo", data / "merge/metrics.json", data / "evaluate", out / "report.md", out / "report.html",
         out / "README.md", out / "judge.jsonl",
-        params=Report(**{"bootstrap": 100, **params}), lora=LORA, quantization=NF4, sft=SFT, dpo=DPO, seed=42,
+        params=Report(**{"bootstrap": 100, **given}), seed=42, **settings,
     )  # fmt: skip
     return summary, (out / "report.html").read_text(), (out / "report.md").read_text()
 
@@ -448,6 +449,44 @@ class TestPage:
         reasons = re.findall(r"<td><code>([\w.]+)</code></td><td><code>.*?</code></td><td>(.*?)</td>", page)
         assert {key.split(".")[0] for key, _ in reasons} >= {"seed", "lora", "quantization", "sft", "dpo"}
         assert not [key for key, reason in reasons if "no reason" in reason]
+
+    def test_every_setting_of_the_default_has_a_reason(self, data: Path) -> None:
+        given = params.load(ROOT / "params.yaml")
+        settings = {name: given[name] for name in ("lora", "quantization", "sft", "dpo")}
+        listed = dict(report._settings(settings, 42))
+        _, page, _ = made(data, settings=settings)
+        reasons = dict(re.findall(r"<td><code>([\w.]+)</code></td><td><code>.*?</code></td><td>(.*?)</td>", page))
+        assert listed.keys() == reasons.keys() > {"sft.learning_rate", "dpo.beta", "lora.r"}
+        assert not [key for key, reason in reasons.items() if "no reason" in reason]
+
+    def test_retention_and_both_failures_of_honesty(self, default: tuple[str, str, str]) -> None:
+        _, page, text = default
+        table = page.split('id="retention"')[1].split("</table>")[0]
+        for said in (
+            "Definition",
+            "Everyday word → term",
+            "ROUGE-L",
+            "chrF",
+            "Perplexity of the reference",
+            "wordings never trained",
+            "Terms never trained",
+        ):
+            assert said in table
+        assert table.count("<tr>") == 14 + 1
+        assert "of them made up" in page
+        assert "Questions that nobody can answer, declined; the others were made up: 0.0 %" not in text
+        assert re.search(
+            r"Questions that nobody can answer, declined; the others were made up: [\d.]+ %, [\d.]+ %, [\d.]+ %", text
+        )
+
+    def test_lm_eval_beside(self, data: Path) -> None:
+        for name, value in zip(report.MODELS, (0.25, 0.5, 0.75), strict=True):
+            path = data / f"evaluate/{name}.json"
+            figure = {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 40}
+            write_json(path, json.loads(path.read_text()) | {"lm_eval": {"colours": {"acc": figure}}})
+        _, page, text = made(data)
+        assert "| colours, acc | 0.250 [0.150, 0.350] | 0.500 [0.400, 0.600] | 0.750 [0.650, 0.850] |" in text
+        assert "<h3>lm-eval</h3>" in page
 
     def test_licence_and_version_of_the_data(self, data: Path) -> None:
         import polars as pl
