@@ -12,13 +12,14 @@ known terms); form; KL to the base on general text and to the model that this on
 Some items are decoded again, greedily and with several seeds: what the scores owe to decoding alone.
 """
 
+import contextlib
 import importlib.util
 import itertools
 import json
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +370,20 @@ def floors(items: Sequence[compare.Item]) -> dict[str, Any]:
     return out
 
 
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Keep `datasets` from asking the Hub; both libraries read the environment only when they are imported."""
+    import datasets
+    import huggingface_hub.constants
+
+    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
+
+
 def lm_eval(model: Any, tokenizer: Any, folder: Path, params: Evaluate, seed: int) -> dict[str, Any]:
     """Figures of EleutherAI's harness: by task and metric, value with the interval of ± 1.96 standard errors, and n.
 
@@ -391,10 +406,11 @@ def lm_eval(model: Any, tokenizer: Any, folder: Path, params: Evaluate, seed: in
         )
     wrapped = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=params.batch_size)
     try:
-        done = harness.simple_evaluate(
-            model=wrapped, tasks=list(asked.tasks), task_manager=manager, num_fewshot=asked.num_fewshot, limit=asked.limit,
-            log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-        )  # fmt: skip
+        with offline():
+            done = harness.simple_evaluate(
+                model=wrapped, tasks=list(asked.tasks), task_manager=manager, num_fewshot=asked.num_fewshot, limit=asked.limit,
+                log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+            )  # fmt: skip
     except (OSError, ValueError, ConnectionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

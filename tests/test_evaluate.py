@@ -314,7 +314,7 @@ def _harnessed(tiny: Path, tokenizer: Any, folder: Path, *tasks: str) -> dict[st
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is an extra, and not installed")
 @pytest.mark.filterwarnings("ignore")
-def test_lm_eval_on_a_local_task(tiny: Path, tokenizer, tmp_path: Path) -> None:
+def test_lm_eval_on_a_local_task(tiny: Path, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = harness(tmp_path / "harness")
     found = _harnessed(tiny, tokenizer, folder, "colours")
     figure = found["colours"]["acc"]
@@ -333,6 +333,11 @@ def test_lm_eval_on_a_local_task(tiny: Path, tokenizer, tmp_path: Path) -> None:
     (folder / "colours.jsonl").unlink()
     with pytest.raises(UserError, match="can't be run from local data"):
         _harnessed(tiny, tokenizer, folder, "colours")
+    # one of the harness's own, whose data are not at hand: the Hub is not asked, even where it could be
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match=r"sciq can't be run from local data: .*(offline|Offline)"):
+        _harnessed(tiny, tokenizer, folder, "sciq")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
