@@ -31,6 +31,16 @@ Answer B: {second}
 
 Say in one sentence why, then end with a line of its own: `Better: A`, `Better: B` or `Better: neither`."""
 SAID = re.compile(r"better:[\s*`]*(A|B|neither)\b", re.IGNORECASE)
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the key is for the endpoint that params name, not for where it points."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+OPENER = urllib.request.build_opener(_Stay)
 TRIES = 4  # of one request, with 1, 2 and 4 seconds between, where the endpoint is busy
 Choice = str | None
 
@@ -46,6 +56,8 @@ def ask(params: Judge, before: Sequence[Item], after: Sequence[Item]) -> list[di
     """
     if not params.url:
         return []
+    if not params.model:
+        raise UserError("report.judge.model: expected the model's name at the endpoint, found none")
     key = None
     if params.api_key:
         key = os.environ.get(params.api_key)
@@ -82,7 +94,7 @@ def _complete(params: Judge, key: str | None, text: str) -> str:
     request = urllib.request.Request(address, json.dumps(body).encode(), headers)  # noqa: S310  (params ask for http)
     for attempt in range(TRIES):
         try:
-            with urllib.request.urlopen(request, timeout=params.timeout) as answer:  # noqa: S310
+            with OPENER.open(request, timeout=params.timeout) as answer:
                 return str(json.load(answer)["choices"][0]["message"]["content"] or "")
         except urllib.error.HTTPError as error:
             busy = error.code == 429 or error.code >= 500

@@ -129,7 +129,7 @@ class Evaluate(Section):
     options: int = Field(4, ge=2, description="multiple choice: options per question")
     bootstrap: int = Field(2000, ge=100, description="bootstrap resamples")
     metrics: list[str] = Field(description="modules of the evaluate library: local folders or Hub names")
-    reworded: int = Field(48, ge=0, description="items whose question is asked in two wordings more, for consistency")
+    reworded: int = Field(32, ge=0, description="items whose question is asked in two wordings more, for consistency")
     noise_items: int = Field(5, ge=0, description="items per set that are decoded again, for the noise floor")
     noise_seeds: int = Field(3, ge=2, description="seeds that each of them is sampled with")
     lm_eval: LmEval = Field(default_factory=lambda: LmEval.model_validate({}))

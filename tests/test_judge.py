@@ -33,6 +33,11 @@ class Endpoint:
                     endpoint.failures -= 1
                     self.send_error(503)
                     return
+                if self.path.startswith("/moved"):
+                    self.send_response(302)
+                    self.send_header("Location", f"{endpoint.url}/chat/completions")
+                    self.end_headers()
+                    return
                 if self.path != "/v1/chat/completions":
                     self.send_error(404)
                     return
@@ -131,6 +136,12 @@ def test_a_busy_endpoint_is_asked_again(endpoint: Endpoint, monkeypatch: pytest.
 def test_mistakes_are_one_line(endpoint: Endpoint) -> None:
     with pytest.raises(UserError, match=f"the environment variable {KEY} is not set"):
         asked(endpoint, api_key=KEY)
+    with pytest.raises(UserError, match=r"report\.judge\.model: expected the model's name"):
+        judge.ask(Judge(url=endpoint.url), [], [])
+    before = answers("base")
+    with pytest.raises(UserError, match="HTTP 302"):  # the key goes nowhere else
+        judge.ask(Judge(url=endpoint.url.replace("/v1", "/moved"), model="m"), before, before)
+    assert endpoint.asked == []
     endpoint.url += "/elsewhere"
     with pytest.raises(UserError, match=r"report\.judge: http.*: HTTP 404"):
         asked(endpoint)
