@@ -11,9 +11,12 @@ import ast
 import difflib
 import functools
 import importlib.util
+import math
+import re
+import reprlib
 import sys
 import typing
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -21,13 +24,26 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+# What would break a line, colour a terminal, turn its text around, or can't be written to it.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+LARGEST_FILE = 200_000  # bytes of params.yaml
+LARGEST_TREE = 10_000  # its values with every alias written out
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+
 
 class UserError(ValueError):
-    """A mistake in data or params: shown as one line, without a traceback."""
+    """A mistake in data or params: shown as one line, without a traceback.
+
+    A message quotes what it found. It stays one line, and harmless to a terminal, whatever that is.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_UNPRINTABLE.sub(lambda m: " " if m[0] == "\n" else f"\\u{ord(m[0]):04x}", message))
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -270,13 +286,24 @@ def load(path: Path = Path("params.yaml")) -> dict[str, Any]:
         UserError: naming the key, what was found and what was expected; all faults at once.
     """
     try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the repository's top folder") from None
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from None
+    if len(content) > LARGEST_FILE:
+        raise UserError(f"{path}: expected at most {LARGEST_FILE} bytes, found more: no params file is that long")
+    try:
+        raw = YAML(typ="safe", pure=True).load(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8: {error}") from None
-    except YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
+    # ruamel.yaml 0.19.1 passes on what Python says to a wrong scalar: ValueError to `2001-13-45`, KeyError to `!!bool x`.
+    # Needed while tests/test_corpus.py::test_yaml_still_passes_on_what_python_says passes.
+    except (YAMLError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
     return check(raw, str(path))
 
 
@@ -284,6 +311,8 @@ def check(raw: object, name: str = "params.yaml") -> dict[str, Any]:
     """`raw` checked and typed; see `load`."""
     if not isinstance(raw, dict):
         raise UserError(f"{name}: expected sections, found {type(raw).__name__}")
+    if _values(raw) > LARGEST_TREE:
+        raise UserError(f"{name}: expected at most {LARGEST_TREE} values with aliases written out, found more")
     faults: list[str] = []
     known = ["seed", *OWN, *LIBRARY]
     for key in raw:
@@ -291,8 +320,8 @@ def check(raw: object, name: str = "params.yaml") -> dict[str, Any]:
             faults.append(f"{key}: unknown section{_nearest(str(key), known)}")
     result: dict[str, Any] = {}
     seed = raw.get("seed", 42)
-    if type(seed) is not int or seed < 0:
-        faults.append(f"seed: expected an integer ≥ 0, found {seed!r}")
+    if type(seed) is not int or not 0 <= seed < 2**32:  # NumPy takes no larger one
+        faults.append(f"seed: expected an integer in 0 … {2**32 - 1}, found {short(seed)}")
     result["seed"] = seed
     for section, model in OWN.items():
         given = raw.get(section)
@@ -306,14 +335,27 @@ def check(raw: object, name: str = "params.yaml") -> dict[str, Any]:
     return result
 
 
+def _values(tree: object) -> int:
+    """Values in a tree with every alias written out; counting ends above `LARGEST_TREE`, for a tree may hold itself."""
+    left, count = [tree], 0
+    while left and count <= LARGEST_TREE:
+        node = left.pop()
+        count += 1
+        if isinstance(node, dict):
+            left += [*node.keys(), *node.values()]
+        elif isinstance(node, list | tuple | set):
+            left += node
+    return count
+
+
 def _nearest(key: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, [str(k) for k in known], n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key[:100], [str(k) for k in known], n=1, cutoff=0.5)
     return f", did you mean `{close[0]}`?" if close else ""
 
 
 def _own(section: str, model: type[Section], given: object, faults: list[str]) -> Section | None:
     if not isinstance(given, dict):
-        faults.append(f"{section}: expected keys, found {given!r}")
+        faults.append(f"{section}: expected keys, found {short(given)}")
         return None
     try:
         return model.model_validate(given)
@@ -324,13 +366,14 @@ def _own(section: str, model: type[Section], given: object, faults: list[str]) -
                 fields = Source.model_fields if "sources" in where else model.model_fields
                 faults.append(f"{where}: unknown key{_nearest(str(fault['loc'][-1]), fields)}")
             else:
-                faults.append(f"{where}: {fault['msg'].lower()}, found {_short(fault['input'])}")
+                faults.append(f"{where}: {fault['msg'].lower()}, found {short(fault['input'])}")
         return None
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:57] + "..."
+def short(value: object) -> str:
+    """`repr(value)` in at most 80 characters, at no more cost however large the value is."""
+    text = _REPR.repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _library(section: str, given: object, faults: list[str]) -> dict[str, Any] | None:
@@ -339,7 +382,7 @@ def _library(section: str, given: object, faults: list[str]) -> dict[str, Any] |
     if given is None:
         given = {}
     if not isinstance(given, dict):
-        faults.append(f"{section}: expected keys, found {given!r}")
+        faults.append(f"{section}: expected keys, found {short(given)}")
         return None
     known = fields(section) | ADDED.get(section, {})
     for key, value in given.items():
@@ -353,7 +396,10 @@ def _library(section: str, given: object, faults: list[str]) -> dict[str, Any] |
             except pydantic.ValidationError:
                 kind = known[key]
                 expected = kind.__name__ if type(kind) is type else str(kind).replace("typing.", "")
-                faults.append(f"{section}.{key}: expected {expected}, found {value!r}")
+                faults.append(f"{section}.{key}: expected {expected}, found {short(value)}")
+            else:
+                if isinstance(value, float) and not math.isfinite(value):
+                    faults.append(f"{section}.{key}: expected a finite number, found {value}")
     return dict(given)
 
 
@@ -426,7 +472,7 @@ def _combinations(params: dict[str, Any], faults: list[str]) -> None:
 
     def need(section: str, key: str, good: bool, expected: str) -> None:
         if not good:
-            faults.append(f"{section}.{key}: expected {expected}, found {params[section].get(key)!r}")
+            faults.append(f"{section}.{key}: expected {expected}, found {short(params[section].get(key))}")
 
     lora, quantization = params["lora"], params["quantization"]
     need("lora", "r", lora.get("r", 8) >= 1, "an integer ≥ 1")
@@ -436,7 +482,7 @@ def _combinations(params: dict[str, Any], faults: list[str]) -> None:
         given = params[section]
         need(section, "learning_rate", given.get("learning_rate", 1e-4) > 0, "a number > 0")
         need(section, "num_train_epochs", given.get("num_train_epochs", 1) > 0, "a number > 0")
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             need(section, key, given.get(key, 1) >= 1, "an integer ≥ 1")
         if given.get("load_best_model_at_end") and given.get("eval_strategy", "no") == "no":
             faults.append(f"{section}.load_best_model_at_end: needs {section}.eval_strategy other than `no`")
@@ -458,19 +504,42 @@ def _combinations(params: dict[str, Any], faults: list[str]) -> None:
             "nf4 or fp4",
         )
     base = params["base"]
-    if base.model.startswith("package:") and not base.sha256:
-        faults.append("base.sha256: required for a model out of a package, so that a changed file reruns the stage")
-    if not base.model.startswith("package:") and not base.model.startswith("data/") and not base.revision:
+    if base.model.startswith("package:"):
+        if not _PACKAGED.fullmatch(base.model):
+            faults.append(f"base.model: expected package:NAME/FILE.gguf, found {short(base.model)}")
+        if not base.sha256:
+            faults.append("base.sha256: required for a model out of a package: a changed file then reruns the stage")
+    elif base.model.startswith("data/"):
+        if not _below(base.model, "data/model"):
+            faults.append(f"base.model: expected a path below data/model/, found {short(base.model)}")
+    elif not _HUB_ID.fullmatch(f"org/{base.model}" if "/" not in base.model else base.model):
+        faults.append(
+            f"base.model: expected a Hugging Face id, a path below data/model/ or package:NAME/FILE, found {short(base.model)}"
+        )
+    elif not base.revision:
         faults.append("base.revision: required for a Hugging Face id, so that the model can't change under the cache")
     for index, source in enumerate(params["ingest"].sources):
-        if sum(bool(x) for x in (source.path, source.hub, source.package)) != 1:
+        if sum(x is not None for x in (source.path, source.hub, source.package)) != 1:
             faults.append(f"ingest.sources.{index}: expected exactly one of path, hub, package")
+        elif source.hub is not None and not _HUB_ID.fullmatch(source.hub):
+            # load_dataset also takes a local folder, or the name of a file format: what it reads then is no dependency
+            faults.append(f"ingest.sources.{index}.hub: expected a Hugging Face id ORG/NAME, found {short(source.hub)}")
         elif source.hub and not source.revision:
             faults.append(f"ingest.sources.{index}.revision: required for a Hub dataset")
-        elif source.path and not source.path.startswith("data/raw/"):
-            faults.append(f"ingest.sources.{index}.path: expected a path below data/raw/, found {source.path!r}")
+        elif source.path is not None and not _below(source.path, "data/raw"):
+            faults.append(f"ingest.sources.{index}.path: expected a path below data/raw/, found {short(source.path)}")
         elif source.package and not source.sha256:
             faults.append(f"ingest.sources.{index}.sha256: required for a package's file")
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_PACKAGED = re.compile(r"package:[A-Za-z_]\w*/[\w.-]+\.gguf")
+
+
+def _below(path: str, folder: str) -> bool:
+    parts = PurePosixPath(path)
+    inside = parts.is_relative_to(folder) and parts != PurePosixPath(folder)
+    return inside and ".." not in parts.parts and "\0" not in path
 
 
 def check_model(lora: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -479,14 +548,18 @@ def check_model(lora: dict[str, Any], facts: dict[str, Any]) -> None:
     Raises:
         UserError: naming the module and the nearest one that the model has.
     """
-    targets = lora.get("target_modules", "all-linear")
+    targets = lora.get("target_modules") or "all-linear"
     linear: list[str] = facts["linear_modules"]
     if isinstance(targets, str):
+        try:
+            re.compile(targets)  # other than all-linear, peft reads it as a regular expression
+        except re.error as error:
+            raise UserError(f"lora.target_modules: no regular expression: {error}, found {short(targets)}") from None
         return
     for target in targets:
         if target not in linear:
             raise UserError(
-                f"lora.target_modules: {target!r} is no linear module of {facts['model']}{_nearest(target, linear)} (it has {', '.join(linear)})"
+                f"lora.target_modules: {short(target)} is no linear module of {facts['model']}{_nearest(target, linear)} (it has {', '.join(linear)})"
             )
 
 

@@ -56,7 +56,7 @@ def test_shipped_file_is_valid() -> None:
         ({"ingest__sources": []}, "ingest.sources"),
         ({"ingest__sources": [{"path": "/etc/passwd"}]}, "below data/raw/"),
         ({"ingest__sources": [{"path": "data/raw/x", "hub": "y"}]}, "exactly one of"),
-        ({"ingest__sources": [{"hub": "y"}]}, "revision: required"),
+        ({"ingest__sources": [{"hub": "org/y"}]}, "revision: required"),
         ({"ingest__sources": [{"path": "data/raw/x", "knd": "chat"}]}, "did you mean `kind`?"),
         ({"seed": "x"}, "seed: expected an integer"),
         ({"generation__temperatur": 1.0}, "did you mean `temperature`?"),
