@@ -7,9 +7,9 @@ that can't be read is not lost: it goes to `unreadable.jsonl`, and from there to
 
 import hashlib
 import importlib.util
-import json
+import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tasks import phenotype, records, stage
@@ -58,27 +58,52 @@ def _rows(source: Source, raw: Path) -> Iterator[tuple[str, int, dict[str, Any] 
     """(source name, line, row or what is wrong, original content)."""
     if source.hub:
         from datasets import load_dataset
-        from datasets.exceptions import DatasetNotFoundError
 
+        if Path(source.hub).exists():
+            raise UserError(f"ingest.sources: {source.hub} is a local folder, which would be read instead of the Hub's")
         try:
             dataset = load_dataset(source.hub, revision=source.revision, split=source.split)
-        except (DatasetNotFoundError, OSError, ValueError) as error:
+        except Exception as error:  # of the Hub, the network, a format, another library: no narrower class is promised
             raise UserError(
                 f"{source.hub} at {source.revision}: can't be fetched: {' '.join(str(error).split())[:300]}"
             ) from None
         for line, row in enumerate(dataset, start=1):
-            yield source.hub, line, dict(row), json.dumps(row, ensure_ascii=False, default=str)
+            yield source.hub, line, dict(row), records.content(row)
         return
-    pattern = str(source.path).removeprefix("data/raw/")
-    files = sorted(path for path in raw.glob(pattern) if path.is_file())
-    if not files:
-        raise UserError(f"ingest.sources: {source.path} matches no file")
-    for file in files:
+    for file in _files(str(source.path), raw):
         if not file.resolve().is_relative_to(raw.resolve()):
             raise UserError(f"ingest.sources: {file} leads out of {raw}, so that a change would go unseen")
         name = f"data/raw/{file.relative_to(raw).as_posix()}"
         for line, found, content in records.rows_of_file(file):
             yield name, line, found, content
+
+
+def _files(path: str, raw: Path) -> list[Path]:
+    """The files that a pattern below data/raw/ names; of folders that it matches, only what it names in them.
+
+    Raises:
+        UserError: it names none, a folder alone, or something that is neither file nor folder.
+    """
+    try:
+        for _ in os.walk(raw, onerror=_fail):  # a pattern would pass over a folder that may not be entered
+            pass
+    except OSError as error:
+        raise UserError(f"{error.filename}: can't be read: {error.strerror}") from None
+    found = sorted(raw.glob(str(PurePosixPath(path).relative_to("data/raw"))))
+    for file in found:
+        if not file.is_file() and not file.is_dir():
+            what = "a link to nothing or to itself" if file.is_symlink() else "neither a file nor a folder"
+            raise UserError(f"ingest.sources: {file} is {what}")
+    files = [file for file in found if file.is_file()]
+    if not files and found:
+        raise UserError(f"ingest.sources: {path} is a folder; name its files, as in {path.rstrip('/')}/*.jsonl")
+    if not files:
+        raise UserError(f"ingest.sources: {path} matches no file")
+    return files
+
+
+def _fail(error: OSError) -> None:
+    raise error
 
 
 def _package(source: Source, seed: int) -> list[dict[str, Any]]:

@@ -77,8 +77,8 @@ def run(
     tokenizer, specials = _tokenizer(base)
     failures = _columns(table, records)
     texts = _texts(table)
-    tokens = _tokens(table.height, texts, tokenizer)
-    failures += _contents(texts, specials) + _wholes(table, tokens, params.max_tokens)
+    tokens = _tokens(table.height, texts, tokenizer, params.max_tokens)
+    failures += _contents(pl.concat([texts, _names(table)]), specials) + _wholes(table, tokens, params.max_tokens)
     broken = {failure.row for failure in failures}
     sound = {i: row for i, row in enumerate(table.iter_rows(named=True)) if i not in broken}
     failures += _compared(sound, params.near_duplicate)
@@ -198,6 +198,14 @@ def _texts(table: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(out, schema=columns, orient="row")
 
 
+def _names(table: pl.DataFrame) -> pl.DataFrame:
+    """What a row is called, as `_texts` has it: composed pairs, prompts and reports quote it. None need be there."""
+    names = ("concept", "topic", "task", "term", "lay", "license")
+    rows = table.select(pl.int_range(pl.len()).alias("row"), *names)
+    long = rows.unpivot(names, index="row", variable_name="column", value_name="text").drop_nulls("text")
+    return long.select("row", "column", pl.lit("system").alias("role"), "text")
+
+
 def _tokenizer(base: Path) -> tuple[Tokenizer, list[str]]:
     """The tokenizer, without the library that would load torch, and every string that it reads as a control token."""
     path, beside = base / "tokenizer.json", base / "tokenizer_config.json"
@@ -220,18 +228,42 @@ def _tokenizer(base: Path) -> tuple[Tokenizer, list[str]]:
     return tokenizer, sorted(name for name in found if isinstance(name, str) and len(name) > 1)
 
 
-def _tokens(rows: int, texts: pl.DataFrame, tokenizer: Tokenizer) -> list[int]:
-    """Tokens of each row: its messages and the longest of what may follow them (an answer, an option, a response)."""
-    messages, following, chunk = [0] * rows, [0] * rows, 512
-    for start in tqdm(range(0, texts.height, chunk), "tokens", disable=None, delay=3, leave=False):
-        part = texts[start : start + chunk]
-        encoded = tokenizer.encode_batch_fast(part["text"].to_list(), add_special_tokens=False)
-        for row, role, encoding in zip(part["row"], part["role"], encoded, strict=True):
-            if role is None:
-                following[row] = max(following[row], len(encoding))
-            else:
-                messages[row] += len(encoding)
+def _tokens(rows: int, texts: pl.DataFrame, tokenizer: Tokenizer, most: int) -> list[int]:
+    """Tokens of each row: its messages and the longest of what may follow them (an answer, an option, a response).
+
+    A text too long for `most` tokens whatever it says is not tokenised, for that takes 100 times its memory: its count is
+    the least that it can be.
+    """
+    messages, following = [0] * rows, [0] * rows
+    longest = max(map(len, tokenizer.get_vocab()), default=1)
+    limit = max(100_000, most * longest)  # characters; the floor is for tokenizers with a token for unknown words
+    lengths = texts["text"].str.len_chars().to_list()
+    places = list(zip(texts["row"], texts["role"], strict=True))
+    with tqdm(total=texts.height, desc="tokens", disable=None, delay=3, leave=False) as bar:
+        for start, stop in _chunks([min(length, limit) for length in lengths]):
+            part = [text if len(text) <= limit else "" for text in texts["text"][start:stop]]
+            encoded = tokenizer.encode_batch_fast(part, add_special_tokens=False)
+            for n, encoding in enumerate(encoded, start=start):
+                count = len(encoding) if lengths[n] <= limit else max(most + 1, lengths[n] // longest)
+                row, role = places[n]
+                if role is None:
+                    following[row] = max(following[row], count)
+                else:
+                    messages[row] += count
+            bar.update(stop - start)
     return [a + b for a, b in zip(messages, following, strict=True)]
+
+
+def _chunks(lengths: list[int], texts: int = 512, characters: int = 1_000_000) -> Iterator[tuple[int, int]]:
+    """(start, stop) of runs of at most so many texts and, but for one alone, so many characters."""
+    start = size = 0
+    for n, length in enumerate(lengths):
+        if n > start and (n - start == texts or size + length > characters):
+            yield start, n
+            start, size = n, 0
+        size += length
+    if lengths:
+        yield start, len(lengths)
 
 
 def _contents(texts: pl.DataFrame, specials: list[str]) -> list[Failure]:
