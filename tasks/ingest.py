@@ -84,12 +84,14 @@ def _files(path: str, raw: Path) -> list[Path]:
     Raises:
         UserError: it names none, a folder alone, or something that is neither file nor folder.
     """
+    below = str(PurePosixPath(path).relative_to("data/raw"))
     try:
         for _ in os.walk(raw, onerror=_fail):  # a pattern would pass over a folder that may not be entered
             pass
+        # a file's own name comes first, for it may look like a pattern; a pattern would pass over a link to nothing
+        found = [raw / below] if os.path.lexists(raw / below) else sorted(raw.glob(below))
     except OSError as error:
-        raise UserError(f"{error.filename}: can't be read: {error.strerror}") from None
-    found = sorted(raw.glob(str(PurePosixPath(path).relative_to("data/raw"))))
+        raise UserError(f"{error.filename or path}: can't be read: {error.strerror}") from None
     for file in found:
         if not file.is_file() and not file.is_dir():
             what = "a link to nothing or to itself" if file.is_symlink() else "neither a file nor a folder"

@@ -477,6 +477,7 @@ def _combinations(params: dict[str, Any], faults: list[str]) -> None:
     lora, quantization = params["lora"], params["quantization"]
     need("lora", "r", lora.get("r", 8) >= 1, "an integer ≥ 1")
     need("lora", "lora_alpha", lora.get("lora_alpha", 8) > 0, "a number > 0")
+    need("lora", "target_modules", lora.get("target_modules") != [], "names of modules, or all-linear")
     need("lora", "lora_dropout", 0 <= lora.get("lora_dropout", 0.0) < 1, "a number in [0, 1)")
     for section in ("sft", "dpo"):
         given = params[section]
