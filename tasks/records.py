@@ -124,7 +124,12 @@ def read(path: Path) -> pl.DataFrame:
         UserError: not there, or not Parquet.
     """
     with _parquet_file(path) as file:
-        return pl.DataFrame(pl.from_arrow(file.read()))
+        table = file.read()
+        table.validate(full=True)
+    try:
+        return pl.DataFrame(pl.from_arrow(table))
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # a column's damaged name, for one
+        raise UserError(f"{path}: can't be read as Parquet: {' '.join(str(error).split())[:300]}") from None
 
 
 @contextlib.contextmanager

@@ -161,8 +161,7 @@ def safetensors(path: Path) -> Header:
         raise UserError(f"{path}: its header is not valid JSON: {str(error)[:200]}") from None
     shapes: dict[str, tuple[int, ...]] = {}
     spans = []
-    for entry in entries if isinstance(entries, tuple) else ():
-        name, given = entry
+    for name, given in entries if isinstance(entries, tuple) else ():
         if name == "__metadata__":
             continue
         if name in shapes:
@@ -186,8 +185,11 @@ def safetensors(path: Path) -> Header:
 
 
 def _naturals(values: object) -> TypeGuard[list[int]]:
-    few = isinstance(values, list) and len(values) <= 64
-    return few and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    return (
+        isinstance(values, list)
+        and len(values) <= 64
+        and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    )
 
 
 def gguf(path: Path) -> Header:

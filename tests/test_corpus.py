@@ -30,7 +30,7 @@ from tests.conftest import ROOT
 Row = dict[str, Any]
 Q, A = "What is kyphosis?", "A rounded back."
 GOOD = json.dumps({"prompt": Q, "completion": A}).encode()
-ONE_LINE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]{1,2000}")
+ONE_LINE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]{1,5000}")
 
 
 def pair(prompt: object = "How so?", completion: object = "It bends.", **more: object) -> bytes:
