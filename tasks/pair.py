@@ -183,6 +183,10 @@ def _known(rows: pl.DataFrame, params: Pair, rng: random.Random) -> list[dict[st
     if "definition" not in by_task:
         return []
     term, lay, concept = rows["term"][0], rows["lay"][0], rows["concept"][0]
+    if lay is None:
+        raise UserError(
+            f"pair.mode compose: {rows['source'][0]}:{rows['line'][0]}: a `term` but no everyday word: add the column `lay`"
+        )
     name = phenotype.lower_first(term)
     definition = by_task["definition"]["messages"][0][-1]["content"]
     group = by_task["group"]["messages"][0][-1]["content"] if "group" in by_task else ""

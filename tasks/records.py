@@ -127,7 +127,9 @@ def read(path: Path) -> pl.DataFrame:
         table = file.read()
         table.validate(full=True)
         if table.num_rows != file.metadata.num_rows:
-            raise UserError(f"{path}: expected {file.metadata.num_rows} rows, as it says itself, found {table.num_rows}")
+            raise UserError(
+                f"{path}: expected {file.metadata.num_rows} rows, as it says itself, found {table.num_rows}"
+            )
     try:
         return pl.DataFrame(pl.from_arrow(table))
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # a column's damaged name, for one

@@ -27,7 +27,8 @@ def run(
         base: folder of the base model; its tokenizer and template are used.
 
     Raises:
-        UserError: more rows than `max_refused` have no supervised token or are longer than `max_length`.
+        UserError: more rows than `max_refused` have no supervised token or are longer than `max_length`, or the chat
+            template refuses one.
     """
     tokenizer = chat.load_tokenizer(base)
     train = recs.read(splits / "train.parquet")
@@ -46,9 +47,12 @@ def run(
     for name, table in (("train", mixed), ("validation", recs.read(splits / "validation.parquet"))):
         rows = []
         for record in table.iter_rows(named=True):
-            ids, labels = chat.encode(tokenizer, record["messages"], params.system)
-            supervised = sum(label != chat.IGNORED for label in labels)
             where = f"{record['source']}:{record['line']}"
+            try:
+                ids, labels = chat.encode(tokenizer, record["messages"], params.system)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            supervised = sum(label != chat.IGNORED for label in labels)
             if not supervised:
                 refused.append(f"{where}: no supervised token")
             elif len(ids) > params.max_length:

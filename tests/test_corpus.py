@@ -9,7 +9,9 @@ import gzip
 import io
 import json
 import os
+import random
 import re
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -23,8 +25,9 @@ import pytest
 from pyarrow import parquet as parquet_file
 from ruamel.yaml import YAML
 
-from tasks import ingest, params, records, split, validate
-from tasks.params import Ingest, Source, Split, UserError, Validate
+from tasks import ingest, params, records, split, template, validate
+from tasks import pair as compose
+from tasks.params import Ingest, Source, Split, Template, UserError, Validate
 from tests.conftest import ROOT
 
 Row = dict[str, Any]
@@ -514,6 +517,48 @@ def test_when_nothing_is_left_it_is_said(raw: Path, tiny: Path, name: str) -> No
     with pytest.raises(UserError) as error:
         go_on()
     assert message in one_line(error)
+
+
+def test_a_row_that_the_template_refuses_is_named(raw: Path, tiny: Path) -> None:
+    shutil.copytree(tiny, raw.parent / "model")
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
+    (raw.parent / "model/chat_template.jinja").write_text(refuses + (tiny / "chat_template.jinja").read_text())
+    rows = [talk(("user", f"a{n}"), ("assistant", f"b{n}")) for n in range(9)]
+    (raw / "a.jsonl").write_bytes(
+        b"\n".join([*rows, talk(("system", "a"), ("user", "a"), ("assistant", "b"), split="train")])
+    )
+    read(raw, "a.jsonl")
+    checked(raw, tiny)
+    split.run(raw.parent / "out.parquet", raw.parent / "rows", raw.parent / "split.json", Split(test=0.3), 1)
+    paths = [raw.parent / name for name in ("t", "preview.md", "t.json", "lengths.csv")]
+    with pytest.raises(UserError) as error:
+        template.run(raw.parent / "rows", raw.parent / "model", *paths, Template(), 1)
+    assert one_line(error).startswith("data/raw/a.jsonl:10: the chat template can't render system, user")
+    assert "no system, please" in str(error.value)
+
+
+def test_a_term_without_its_everyday_word_is_no_pair(raw: Path) -> None:
+    (raw / "a.jsonl").write_bytes(GOOD + b"\n" + pair(term="kyphosis", task="definition"))
+    read(raw, "a.jsonl")
+    rows = records.read(raw.parent / "records.parquet").filter(task="definition")
+    with pytest.raises(UserError) as error:
+        compose._known(rows, params.Pair(), random.Random(1))
+    assert (
+        one_line(error) == "pair.mode compose: data/raw/a.jsonl:2: a `term` but no everyday word: add the column `lay`"
+    )
+
+
+def test_a_hub_dataset_is_no_local_folder_and_fails_in_one_line(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(raw.parent)
+    source = Ingest(sources=[Source(hub="org/data", revision="main")])
+    paths = raw, raw.parent / "o", raw.parent / "u"
+    with pytest.raises(UserError) as error:
+        ingest.run(*paths, source, 1)
+    assert "org/data at main: can't be fetched" in one_line(error)
+    (raw.parent / "org/data").mkdir(parents=True)
+    (raw.parent / "org/data/a.jsonl").write_bytes(GOOD)
+    with pytest.raises(UserError, match="org/data is a local folder"):
+        ingest.run(*paths, source, 1)
 
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
