@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import multiprocessing
+import os
 import re
 import resource
 import shutil
@@ -104,14 +105,14 @@ def resolve(params: Base, source: Path) -> tuple[Path, str | None, str]:
             raise UserError(
                 f"base.model: {params.model} at {params.revision} can't be fetched: {' '.join(str(error).split())[:300]}"
             ) from None
+    if not os.path.lexists(path):
+        raise UserError(f"base.model: {path} is not there")
     if root is not None:
         weights.inside(path, root)
     if path.is_dir():
         weights.check_folder(path)
         _no_code(path)
         return path, None, _license(path / "README.md", license_)
-    if not path.is_file():
-        raise UserError(f"base.model: {path} is not there")
     if path.suffix != ".gguf":
         raise UserError(f"base.model: {params.model}: a single file must be .gguf")
     if params.sha256:

@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
@@ -26,7 +26,7 @@ from tests.test_corpus import ONE_LINE
 FUZZ = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 anything = st.text(st.characters(exclude_categories=()), max_size=6)  # halves of surrogate pairs too
 words = anything | st.sampled_from(
-    ["user", "assistant", "system", "human", "train", "", "<|im_end|>", "\u200b", "a\u0301"]
+    ["user", "assistant", "system", "human", "train", "", "<|im_end|>", "\u200b", "a\u0301", "\ud83d"]
 )
 columns = st.sampled_from(
     "prompt completion messages role content chosen rejected conversations from value responses ratings annotator response "
@@ -235,6 +235,7 @@ def test_damaged_params(edits: list[tuple[int, str]]) -> None:
         max_size=4,
     )
 )
+@example([{"\udfff": ["\ud83d", "\x85\u2028"]}])
 def test_what_is_written_as_jsonl_is_read_again(written: list[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "q.jsonl"

@@ -73,11 +73,11 @@ def test_base_of_a_local_folder(tmp_path: Path) -> None:
     ("model", "message"),
     [
         ("data/model/missing", "is not there"),
-        ("/etc/model", "base.revision: required"),
-        ("data/raw/model", "lies below data/model/"),
+        ("/etc/model", "expected a Hugging Face id"),
+        ("data/raw/model", "expected a path below data/model/"),
         ("data/model/pickled", "pickled weights (.bin, .pt) are never loaded"),
         ("data/model/a.gguf", "is not there"),
-        ("data/model/broken.gguf", "can't be loaded"),
+        ("data/model/broken.gguf", "expected GGUF version 2 or 3"),
         ("package:nothing/x.gguf", "sha256: required"),
     ],
 )

@@ -263,7 +263,7 @@ EMBEDDING = "model.embed_tokens.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
 # What is done to a sound model → what the one line says.
 FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nothing there": (shutil.rmtree, "mine: a link to nothing"),
+    "nothing there": (shutil.rmtree, "mine is not there"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "pickled weights (.bin, .pt) are never loaded"),
     "a pickle beside another safetensors": (pickled, "pickled weights (.bin, .pt) are never loaded"),
     "weights cut off": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "cut off"),
