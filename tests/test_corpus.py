@@ -347,6 +347,17 @@ def test_polars_still_dies_of_a_damaged_file(raw: Path) -> None:
     assert done.returncode != 0
 
 
+def test_a_parquet_file_that_holds_fewer_rows_than_it_says(raw: Path) -> None:
+    content = bytearray(DAMAGED)
+    content[12] = 4  # sound again …
+    content[5] = 1  # … but for the kind of its page, which is passed over
+    (raw / "a.parquet").write_bytes(content)
+    for reader in (lambda: read(raw, "a.parquet"), lambda: records.read(raw / "a.parquet")):
+        with pytest.raises(UserError) as error:
+            reader()
+        assert "expected 2 rows, as it says itself, found 0" in one_line(error)
+
+
 def test_yaml_still_passes_on_what_python_says() -> None:
     """When this fails, ruamel.yaml is mended: `params.load` need catch no ValueError and KeyError."""
     with pytest.raises(ValueError, match="month must be in"):
