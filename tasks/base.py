@@ -120,8 +120,12 @@ def resolve(params: Base, source: Path) -> tuple[Path, str | None, str]:
             found = hashlib.file_digest(file_, "sha256").hexdigest()
         if found != params.sha256:
             raise UserError(f"base.sha256: expected {params.sha256}, found {found}: the file is another one")
-    facts = weights.gguf(path).facts
-    return path.parent, path.name, license_ if license_ != "unknown" else str(facts.get("general.license", license_))
+    said = weights.gguf(path).facts.get("general.license")
+    return path.parent, path.name, _line(said) if license_ == "unknown" and said else license_
+
+
+def _line(said: object) -> str:
+    return " ".join(str(said).split())[:200]
 
 
 def _license(card: Path, otherwise: str) -> str:
@@ -132,7 +136,7 @@ def _license(card: Path, otherwise: str) -> str:
         said = ModelCard.load(card).data.get("license") if card.is_file() else None
     except Exception:  # a card is prose of anybody's, and must not keep a model from being used
         said = None
-    return " ".join(str(said).split())[:200] if said else otherwise
+    return _line(said) if said else otherwise
 
 
 def _no_code(folder: Path) -> None:

@@ -35,17 +35,12 @@ class Header(NamedTuple):
     facts: dict[str, Any]  # GGUF's numbers and texts
 
 
-def check_folder(folder: Path, root: Path | None = None) -> None:
+def check_folder(folder: Path) -> None:
     """Refuse a folder whose model is not wholly in its safetensors files, or is not what its headers and config say.
-
-    Args:
-        root: nothing in `folder` may lead out of it, so that a change can't go unseen; None: links are the library's own.
 
     Raises:
         UserError: naming the file, and the tensor or key.
     """
-    if root is not None:
-        inside(folder, root)
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: an adapter, whose base would be read from elsewhere; merge it into its base first")
     index = folder / "model.safetensors.index.json"
@@ -67,7 +62,7 @@ def check_folder(folder: Path, root: Path | None = None) -> None:
 
 
 def inside(path: Path, root: Path) -> None:
-    """Refuse a file, or a folder with one in it, that a link leads out of `root`.
+    """Refuse a file, or a folder with one in it, that a link leads out of `root`: a change there would go unseen.
 
     Raises:
         UserError: naming the link.

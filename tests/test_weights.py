@@ -86,7 +86,7 @@ def test_a_sound_safetensors_file_passes(tmp_path: Path, tiny: Path) -> None:
     }
     save_file(kinds, tmp_path / "kinds.safetensors", metadata={"format": "pt"})
     assert weights.safetensors(tmp_path / "kinds.safetensors").shapes == {k: tuple(v.shape) for k, v in kinds.items()}
-    weights.check_folder(tiny, tiny.parent)
+    weights.check_folder(tiny)
 
 
 @settings(
