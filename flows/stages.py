@@ -30,7 +30,7 @@ from dvc.repo.reproduce import get_active_graph, plan_repro
 from dvc.rwlock import _edit_rwlock
 from dvc.stage.cache import _can_hash, _get_cache_hash, _get_stage_hash
 from dvc.stage.serialize import to_single_stage_lockfile
-from dvc.utils.serialize import load_yaml, modify_yaml
+from dvc.utils.serialize import load_yaml, modify_yaml, parse_yaml
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.meta import Meta
 from dvc_data.hashfile.tree import Tree
@@ -78,11 +78,17 @@ class StageTransient(StageFailed):
 
 @dataclass(frozen=True)
 class Reason:
-    """Why DVC would run a stage, in its own words: `status` is modified, deleted, new, not in cache."""
+    """Why DVC would run a stage, in its own words: `status` is modified, deleted, new, not in cache.
+
+    Of a parameter (a section, as dvc.yaml names it), `before` and `after` are what dvc.lock and params.yaml hold; of a
+    command, what dvc.lock and dvc.yaml hold.
+    """
 
     kind: Literal["command", "dependency", "parameter", "output", "always"]
     name: str
     status: str = "modified"
+    before: Any = field(default=None, compare=False)
+    after: Any = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name} {self.status}" if self.name else f"{self.kind} {self.status}"
@@ -99,6 +105,7 @@ class Planned:
         changed: it would run even if all its upstreams were unchanged.
         missing: the only change is that outputs are not here; `dvc pull` would do.
         restorable: the local run cache holds this very run, taking into account what upstreams would be restored to.
+        remote: not the local one but the remote's; only `plan(remote=True)` asks.
         imported: it is a download (`dvc import`, `dvc import-url`).
         timeout: seconds, of `meta: {timeout: …}`.
         outputs: files and folders that it makes.
@@ -112,6 +119,7 @@ class Planned:
     reasons: tuple[Reason, ...]
     missing: bool
     restorable: bool
+    remote: bool
     imported: bool
     timeout: float | None
     outputs: tuple[str, ...]
@@ -146,16 +154,21 @@ class Metric:
         return numbers[0] - numbers[1] if len(numbers) == 2 else None
 
 
-def plan(repo: Path, targets: Sequence[str] | None = None) -> list[Planned]:
+def plan(repo: Path, targets: Sequence[str] | None = None, *, remote: bool = False) -> list[Planned]:
     """Every stage that `dvc repro TARGETS` would visit, upstreams first, with DVC's own verdict on each.
 
     Waits for whoever holds DVC's repository lock. A stage that another process is running at this moment counts as
     changed: `execute` waits for that process.
 
+    Args:
+        remote: where the local run cache has no answer, ask that of the default remote: a request or two for each stage,
+            and one for each of its files.
+
     Raises:
-        UserError: no DVC repository, no such target, or a faulty dvc.yaml.
+        UserError: no DVC repository, no such target, a faulty dvc.yaml, or no remote to ask.
     """
     with _opened(repo) as dvc, lock_repo(dvc):
+        far = _Far(dvc) if remote else None
         graph = get_active_graph(dvc.index.graph)
         stages = plan_repro(graph, _chosen(dvc, targets) if targets else None)
         restored: dict[str, Mapping[str, Any]] = {}
@@ -164,13 +177,19 @@ def plan(repo: Path, targets: Sequence[str] | None = None) -> list[Planned]:
         for stage in stages:
             reasons, missing = _reasons(dvc, stage)
             upstream = list(graph.successors(stage))
-            restorable = False
+            restorable = distant = False
             if reasons or any(_name(dvc, up) in restored for up in upstream):
                 entry = _run_cache(dvc, stage, restored) if all(up in same for up in upstream) else None
                 restorable = entry is not None
+                if entry is None and far is not None and all(up in same for up in upstream):
+                    entry = _run_cache(dvc, stage, restored, far)
+                    distant = entry is not None
                 if entry is not None:
                     same.add(stage)
-                    restored[_name(dvc, stage)] = entry
+                    if reasons or entry != to_single_stage_lockfile(stage):
+                        restored[_name(dvc, stage)] = entry
+                    else:  # what it reads of a restored upstream is what it was
+                        restorable = distant = False
             elif all(up in same for up in upstream):
                 same.add(stage)
             meta = stage.meta if isinstance(stage.meta, dict) else {}
@@ -183,6 +202,7 @@ def plan(repo: Path, targets: Sequence[str] | None = None) -> list[Planned]:
                     reasons=tuple(reasons),
                     missing=missing,
                     restorable=restorable,
+                    remote=distant,
                     imported=bool(stage.is_import),
                     timeout=float(meta["timeout"]) if meta.get("timeout") else None,
                     outputs=tuple(_relative(dvc, out) for out in stage.outs),
@@ -490,7 +510,7 @@ def _reasons(dvc: Any, stage: Any) -> tuple[list[Reason], bool]:
     try:
         if not stage.changed():
             return [], False
-        found = [Reason("command", "")] if stage.changed_stage() else []
+        found = [_command(stage)] if stage.changed_stage() else []
         if stage.is_callback or stage.always_changed:
             found.append(Reason("always", "", "changed"))
         for item in () if stage.frozen else stage.deps:
@@ -502,22 +522,59 @@ def _reasons(dvc: Any, stage: Any) -> tuple[list[Reason], bool]:
         return [Reason("output", "", "being written by another dvc")], False
 
 
+def _command(stage: Any) -> Reason:
+    entry = _locked_entry(stage) if getattr(stage, "name", None) else None
+    return Reason("command", "", before=(entry or {}).get("cmd"), after=stage.cmd)
+
+
 def _status(dvc: Any, item: Any, kind: Literal["dependency", "output"]) -> list[Reason]:
     out = []
     for found in item.status().values():
         if isinstance(found, dict):
-            out += [Reason("parameter", str(key), str(status)) for key, status in found.items()]
+            before, after = item.hash_info.value or {}, item.read_params()
+            out += [
+                Reason("parameter", str(key), str(status), before.get(key), after.get(key))
+                for key, status in found.items()
+            ]
         else:
             out.append(Reason(kind, _relative(dvc, item), str(found)))
     return out
 
 
-def _run_cache(dvc: Any, stage: Any, restored: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+class _Far:
+    """The default remote as a place where runs and their outputs may be; reads only.
+
+    Raises:
+        UserError: there is no remote, or it keeps no run cache (HTTP, a cloud-versioned one).
+    """
+
+    def __init__(self, dvc: Any) -> None:
+        if not dvc.config["core"].get("remote"):
+            raise UserError("no DVC remote is set here: `dvc remote add -d NAME URL`")
+        self.outputs = dvc.cloud.get_remote_odb(command="plan")
+        self.runs = dvc.cloud.get_remote_odb(command="plan", hash_name="md5-dos2unix")
+
+    def load(self, stage: Any) -> Mapping[str, Any] | None:
+        """A run of this stage with these inputs (`StageCache._load`, for a remote)."""
+        key, fs = _get_stage_hash(stage), self.runs.fs
+        folder = fs.join(self.runs.path, "runs", key[:2], key)
+        for path in fs.find(folder) if fs.exists(folder) else ():
+            with fs.open(path, "r") as handle:
+                found: Mapping[str, Any] = parse_yaml(handle.read(), path)
+            return found
+        return None
+
+
+def _run_cache(
+    dvc: Any, stage: Any, restored: Mapping[str, Mapping[str, Any]], far: _Far | None = None
+) -> Mapping[str, Any] | None:
     """The run that `dvc repro` would restore instead of running: out of dvc.lock or the run cache (`StageCache.restore`).
 
     Args:
         restored: what upstreams would be restored to, so that a change undone is foreseen however deep the graph.
+        far: look there instead of into the local cache.
     """
+    cache = far.outputs if far else dvc.cache.local
     known = {out["path"]: out for entry in restored.values() for out in entry["outs"]}
     recorded = to_single_stage_lockfile(stage) if stage.cmd and all(out.hash_info for out in stage.outs) else None
     stage = copy.copy(stage)
@@ -530,7 +587,7 @@ def _run_cache(dvc: Any, stage: Any, restored: Mapping[str, Mapping[str, Any]]) 
                 continue
             dep.hash_info = HashInfo("md5", known[parent]["md5"])
             if parent != dep.def_path:  # a file below an output that is a folder
-                tree = Tree.load(dvc.cache.local, dep.hash_info)
+                tree = _tree(dvc, far, dep.hash_info)
                 found = tree.get(Path(dep.def_path).relative_to(parent).parts)
                 if found is None:
                     return None
@@ -540,14 +597,24 @@ def _run_cache(dvc: Any, stage: Any, restored: Mapping[str, Mapping[str, Any]]) 
             return None
         now = to_single_stage_lockfile(stage)
         same = recorded is not None and _key(now) == _key(recorded)
-        entry: Mapping[str, Any] | None = recorded if same else dvc.stage_cache._load(stage)
-        return entry if entry and all(_in_cache(dvc, out["md5"]) for out in entry["outs"]) else None
+        entry: Mapping[str, Any] | None = recorded if same else (far.load if far else dvc.stage_cache._load)(stage)
+        return entry if entry and all(_in_cache(cache, out["md5"]) for out in entry["outs"]) else None
     except (DvcException, OSError, TypeError, KeyError):
         return None  # an input that is not there, a folder that is not in the cache
 
 
-def _in_cache(dvc: Any, md5: str) -> bool:
-    cache, found = dvc.cache.local, HashInfo("md5", md5)
+def _tree(dvc: Any, far: _Far | None, of: HashInfo) -> Tree:
+    """What a folder's hash stands for; an upstream's folder may be here although this stage's run is not."""
+    try:
+        return Tree.load(dvc.cache.local, of)
+    except OSError:
+        if far is None:
+            raise
+        return Tree.load(far.outputs, of)
+
+
+def _in_cache(cache: Any, md5: str) -> bool:
+    found = HashInfo("md5", md5)
     if not found.isdir:
         return bool(cache.exists(md5))
     return all(cache.exists(inner.value) for _, _, inner in Tree.load(cache, found))

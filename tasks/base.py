@@ -14,6 +14,7 @@ import os
 import re
 import resource
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -257,6 +258,7 @@ def describe(model: PreTrainedModel, tokenizer: Any, name: str, license_: str) -
         "parameters": total,
         "linear_parameters": quantizable,
         "linear_modules": sorted({n.rsplit(".", 1)[-1] for n in linear}),
+        "linear_shapes": _shapes(linear),
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": getattr(config, "intermediate_size", None),
@@ -283,6 +285,15 @@ def describe(model: PreTrainedModel, tokenizer: Any, name: str, license_: str) -
         "eos_token": tokenizer.eos_token,
         "control_tokens": sorted(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special),
     }
+
+
+def _shapes(linear: dict[str, nn.Linear]) -> dict[str, list[list[int]]]:
+    """Last part of a layer's name → [in, out, how many of them]: an adapter's size follows from it."""
+    counts = Counter((name.rsplit(".", 1)[-1], m.in_features, m.out_features) for name, m in linear.items())
+    out: dict[str, list[list[int]]] = {}
+    for (name, *shape), count in sorted(counts.items()):
+        out.setdefault(name, []).append([*shape, count])
+    return out
 
 
 if __name__ == "__main__":
