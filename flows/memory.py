@@ -1,0 +1,328 @@
+"""How much memory a stage that loads a model needs, part by part, from the model's facts and params.yaml; loads no torch.
+
+Bytes of a part follow from shapes and from what the code keeps (`tasks/fast.py`, peft's and transformers' own forward
+passes); a few constants of the process were measured, see docs/plan.md. A Llama-like decoder is assumed: two norms, grouped
+attention and a gated MLP in each layer; others are approximated by it. GPU figures are computed and were never measured.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+MIB = 1 << 20
+GIB = 1 << 30
+# What `tasks.fast` packs, by the class in facts.json (there by model type).
+PACKABLE = {f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
+SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+# `HEAD_CHUNK` of tasks.fast in elements, and bytes of each: logits in 16 and 32 bits, a difference and a probability
+FAST_HEAD, FAST_HEAD_BYTES = 1 << 23, 14
+# trl's tile (tokens, vocabulary); bytes of an element with Triton (logits and their gradient), and with torch operations
+TILE, TILE_BYTES, TILE_BYTES_TORCH = (4096, 32768), 4, 20
+# bytes kept by torch.optim or bitsandbytes for each trained weight; any other optimizer is taken for AdamW
+OPTIMIZER = {"adamw": 8.0, "adam": 8.0, "lion": 4.0, "sgd": 0.0, "adafactor": 4.0, "rmsprop": 4.0, "ademamix": 12.0}
+# Measured on 2 cores with torch 2.13.0, see docs/plan.md.
+PROCESS = 631 * MIB  # resident after imports (565), and the libraries that the first step brings in (66)
+SLACK = 185 * MIB  # what the allocator holds beyond what is in use, after loading and quantising
+HOLES = 0.3  # of the activations: holes between them in the heap, which `fast.keep_pages` never gives back
+KERNELS, KERNELS_MOST = 20 * MIB, 1050 * MIB  # oneDNN's compiled products: for each new batch shape, and its limit
+# NVIDIA's context and PyTorch's caching allocator: a usual allowance, not measured
+CONTEXT, GPU_HOLES = 500 * MIB, 0.1
+
+Kind = Literal["cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What models run on: `total` and `free` bytes of it; `bf16`: products in 16 bits."""
+
+    kind: Kind
+    name: str
+    total: int
+    free: int
+    bf16: bool = True
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in which the model computes, `models.compute_dtype`."""
+        return 4 if self.kind == "cpu" and not self.bf16 else 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """`mapped`: pages of a file, which the kernel takes back before it runs out of memory."""
+
+    name: str
+    bytes: int
+    mapped: bool = False
+
+
+@dataclass(frozen=True)
+class Need:
+    """The peak of a stage as a sum of parts; `note` says what the estimate rests on."""
+
+    parts: tuple[Part, ...]
+    note: str = ""
+
+    @property
+    def total(self) -> int:
+        """Resident memory at the peak, which is what an event's `peak_bytes` measures."""
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def least(self) -> int:
+        """What must be there for it to run."""
+        return sum(part.bytes for part in self.parts if not part.mapped)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens that one step works on.
+
+    Attributes:
+        tokens: laid end to end, equal beginnings once, as tasks.fast does.
+        padded: as a rectangle, as transformers does.
+        longest: tokens of the longest row.
+        shapes: how many different batches a run has, at most; each has products of its own compiled.
+    """
+
+    tokens: int
+    padded: int
+    longest: int
+    shapes: int = 1_000_000
+
+
+def targeted(facts: dict[str, Any], lora: dict[str, Any]) -> list[tuple[str, int, int, int]]:
+    """(name, in, out, count) of the layers that `lora.target_modules` names; a pattern is taken for all of them."""
+    wanted = lora.get("target_modules", "all-linear")
+    names = facts["linear_modules"] if isinstance(wanted, str) else {str(name).rsplit(".", 1)[-1] for name in wanted}
+    return [
+        (name, width, out, count)
+        for name, shapes in facts["linear_shapes"].items()
+        for width, out, count in shapes
+        if name in names
+    ]
+
+
+def adapter_parameters(facts: dict[str, Any], lora: dict[str, Any]) -> int:
+    """A is `(r, in)`, B is `(out, r)`, for each targeted layer (Hu et al. 2021, arXiv:2106.09685)."""
+    rank = int(lora.get("r", 8))
+    return sum(rank * (width + out) * count for _, width, out, count in targeted(facts, lora))
+
+
+def weight_bytes(facts: dict[str, Any], quantization: dict[str, Any] | None, width: int = 2) -> int:
+    """Bytes of the loaded weights: quantised linear layers, everything else (embeddings, head, norms) in `width`."""
+    rest: int = width * (facts["parameters"] - facts["linear_parameters"])
+    return rest + linear_bytes(facts, quantization, width)
+
+
+def linear_bytes(facts: dict[str, Any], quantization: dict[str, Any] | None, width: int = 2) -> int:
+    """4 bits: half a byte and a 32-bit scale for 64 weights, a 16-entry code for each tensor; double quantisation (Dettmers
+    et al. 2023, arXiv:2305.14314, section 3) makes that an 8-bit scale, with a 32-bit one per 256 and its own code of 256
+    and an offset. 8 bits: a byte, and a 32-bit scale for each row.
+    """
+    total = 0
+    for shapes in facts["linear_shapes"].values():
+        for inner, out, count in shapes:
+            n = inner * out
+            if not quantization:
+                each = width * n
+            elif quantization.get("load_in_8bit"):
+                each = n + 4 * out
+            else:
+                blocks = math.ceil(n / 64)
+                double = quantization.get("bnb_4bit_use_double_quant", False)
+                scales = blocks + 4 * math.ceil(blocks / 256) + 4 * 256 + 4 if double else 4 * blocks
+                each = math.ceil(n / 2) + scales + 4 * 16
+            total += each * count
+    return total
+
+
+def optimizer_bytes(name: str, parameters: int) -> int:
+    """State of `optim` for so many trained float32 weights. Paged ones are counted too: they page out only when they must."""
+    family = next((f for f in sorted(OPTIMIZER, key=len, reverse=True) if f in name), "adamw")
+    eight = "8bit" in name or "4bit" in name
+    return math.ceil(OPTIMIZER[family] * parameters * (0.25 if eight else 1))
+
+
+def packable(facts: dict[str, Any], device: Device, given: dict[str, Any]) -> bool:
+    """`fast.install` packs rows of this model in this training."""
+    return device.kind == "cpu" and bool(given.get("fast", True)) and facts["architecture"] in PACKABLE
+
+
+def kept_per_token(
+    facts: dict[str, Any], lora: dict[str, Any], device: Device, longest: int, packed: bool, fused: bool
+) -> float:
+    """Bytes that all layers together keep for the backward pass, for each token, without gradient checkpointing.
+
+    Args:
+        longest: tokens of a row; `eager` attention keeps a weight for each of them.
+        packed: rows and attention as in tasks.fast.
+        fused: LoRA layers as in tasks.fast.
+    """
+    w, layers, hidden = device.width, facts["layers"], facts["hidden_size"]
+    shape = facts["attention"]
+    query, key = shape["heads"] * shape["head_dim"], shape["kv_heads"] * shape["head_dim"]
+    norms = 2 * 4 * hidden  # the float32 input of each
+    mlp = 3 * w * (facts["intermediate_size"] or 4 * hidden)  # gate, its activation, up
+    if packed:
+        attention = w * (query + 2 * key)
+    elif device.kind == "cpu" and longest <= 512:  # `models.attention`: eager, keys and values repeated for each head
+        attention = w * 3 * query + (w + 4) * shape["heads"] * longest
+    else:
+        attention = w * 4 * query
+    inputs: dict[str, int] = {}
+    rank = 0
+    for name, inner, _, count in targeted(facts, lora):
+        group = SHARED_INPUT.get(name, name) if fused else name
+        if fused:
+            inputs[group] = max(inputs.get(group, 0), inner * count)
+        else:
+            inputs[group] = inputs.get(group, 0) + inner * count
+        rank += int(lora.get("r", 8)) * count
+    dropout = sum(inputs.values()) if lora.get("lora_dropout") else 0  # a byte of mask for each
+    return float(layers * (norms + mlp + attention)) + w * (sum(inputs.values()) + rank) + dropout
+
+
+def training(
+    facts: dict[str, Any],
+    section: dict[str, Any],
+    lora: dict[str, Any],
+    quantization: dict[str, Any] | None,
+    device: Device,
+    batch: Batch,
+    evaluated: Batch | None = None,
+    *,
+    copies: int = 0,
+    kl: int = 0,
+) -> Need:
+    """The peak of `sft` or `dpo`.
+
+    Args:
+        section: `sft` or `dpo` of params.yaml, with the libraries' defaults filled in.
+        evaluated: a batch of the validation, where nothing is kept.
+        copies: adapters beside the trained one (dpo: the reference).
+        kl: answer tokens that `dpo` compares over the whole vocabulary at once.
+    """
+    packed = packable(facts, device, section)
+    fused = packed and not (quantization or {}).get("load_in_8bit") and not lora.get("lora_dropout")
+    tokens = batch.tokens if packed and not lora.get("lora_dropout") else batch.padded
+    trained = adapter_parameters(facts, lora)
+    kept = kept_per_token(facts, lora, device, batch.longest, packed, fused) * tokens
+    layer = kept / facts["layers"]
+    if section.get("gradient_checkpointing", True):
+        name = f"activations of {tokens:,} tokens, one layer at a time"
+        kept = facts["layers"] * device.width * facts["hidden_size"] * tokens + layer
+    else:
+        name = f"activations of {tokens:,} tokens"
+    casts = device.width * trained if device.width < 4 else 0  # 16-bit copies of A and B, one of each a step
+    head = head_bytes(facts, device, tokens, packed)
+    step = kept + layer + head
+    rest = 0.0
+    if evaluated:
+        count = evaluated.tokens if packed else evaluated.padded
+        once = kept_per_token(facts, lora, device, evaluated.longest, packed, fused) * count / facts["layers"]
+        rest = once + head_bytes(facts, device, count, packed)
+    rest = max(
+        rest, 20 * kl * facts["vocabulary"]
+    )  # five float32 tables: both models, a difference, an exponential, a product
+    holes = (HOLES if device.kind == "cpu" else GPU_HOLES) * kept
+    parts = [
+        *loaded(facts, quantization, device, batch.shapes),
+        Part(f"adapter, {trained / 1e6:.1f} M × float32" + (f", and {copies} copy" if copies else ""), 4 * trained * (1 + copies)),
+        Part("gradients, float32", 4 * trained),
+        Part(f"optimizer {section['optim']}", optimizer_bytes(section["optim"], trained)),
+        Part(name, int(kept + layer + casts)),
+        Part("head and loss", int(head)),
+        Part("holes between activations", int(holes)),
+    ]  # fmt: skip
+    if rest > step:
+        parts.append(Part("validation beyond a step", int(rest - step)))
+    return Need(tuple(parts))
+
+
+def head_bytes(facts: dict[str, Any], device: Device, tokens: int, packed: bool) -> int:
+    """Logits held at once: rows of the vocabulary in pieces, never all of them."""
+    vocabulary = int(facts["vocabulary"])
+    if packed:
+        return min(tokens * vocabulary, FAST_HEAD) * FAST_HEAD_BYTES
+    each = TILE_BYTES if device.kind == "cuda" else TILE_BYTES_TORCH
+    return min(tokens, TILE[0]) * min(vocabulary, TILE[1]) * each
+
+
+def loaded(
+    facts: dict[str, Any], quantization: dict[str, Any] | None, device: Device, shapes: int = 1_000_000
+) -> list[Part]:
+    """The process and the model in it. On a CPU safetensors maps the file: 16-bit weights are its pages."""
+    name = "weights, " + quantised(quantization, device.width)
+    if device.kind != "cpu":
+        return [Part("CUDA context", CONTEXT), Part(name, weight_bytes(facts, quantization))]
+    process = [
+        Part("Python, torch and libraries", PROCESS + SLACK),
+        Part("compiled products", min(KERNELS * shapes, KERNELS_MOST)),
+        Part("model file, mapped", 2 * facts["parameters"], mapped=True),
+    ]
+    if device.width == 4:
+        return [*process, Part(name, weight_bytes(facts, quantization, 4))]
+    return [*process, Part(name, linear_bytes(facts, quantization))] if quantization else process
+
+
+def quantised(quantization: dict[str, Any] | None, width: int = 2) -> str:
+    """`quantization` in a word."""
+    if not quantization:
+        return f"{8 * width} bits"
+    if quantization.get("load_in_8bit"):
+        return "int8"
+    double = " twice quantised" if quantization.get("bnb_4bit_use_double_quant") else ""
+    return f"{quantization.get('bnb_4bit_quant_type', 'fp4')}{double}"
+
+
+def merging(facts: dict[str, Any], quantization: dict[str, Any] | None, kept: int = 0) -> list[Part]:
+    """`models.load_merged`: a float32 copy of the model beside what is left of the 16-bit one, and `kept` merged models."""
+    total = facts["parameters"]
+    parts = [Part("float32 copy to merge into", 4 * total)]
+    if quantization:
+        parts.append(Part("dequantised linear layers", 2 * facts["linear_parameters"]))
+    return [*parts, Part("merged model, 16 bits", 2 * total * kept)] if kept else parts
+
+
+def generating(facts: dict[str, Any], batch: int, length: int) -> list[Part]:
+    """KV cache of `batch` rows of `length` tokens, prompt and answer, and the logits of one position each."""
+    return [
+        Part(f"KV cache, {batch} × {length} tokens", facts["kv_cache_bytes_per_token"] * batch * length),
+        Part("logits", 6 * batch * facts["vocabulary"]),
+    ]
+
+
+def scoring(
+    facts: dict[str, Any], lora: dict[str, Any], device: Device, batch: Batch, answer: int, rows: int
+) -> list[Part]:
+    """One layer of one batch without gradients, and the logits of the answers, `answer` tokens in each of `rows`."""
+    packed = packable(facts, device, {})
+    tokens = batch.tokens if packed else batch.padded
+    layer = kept_per_token(facts, lora, device, batch.longest, packed, packed) * tokens / facts["layers"]
+    every = 10 * rows * answer * facts["vocabulary"]  # `models.token_logits`, in 16 and 32 bits, and their log-softmax
+    head = head_bytes(facts, device, rows * answer, True) if packed else every
+    return [Part(f"one layer of {tokens:,} tokens", int(layer)), Part("logits", int(head))]
+
+
+def distinct(rows: Iterable[Sequence[int]]) -> int:
+    """Tokens of these rows end to end, equal beginnings once: what `fast.lay_out` makes of a batch."""
+    total, before = 0, ()  # type: int, Sequence[int]
+    for row in sorted(map(tuple, rows)):
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(before, row, strict=False)) if a != b), min(len(before), len(row))
+        )
+        total += len(row) - shared
+        before = row
+    return total
+
+
+def shorter(batch: Batch, longest: int) -> Batch:
+    """The same batch with rows cut at `longest`."""
+    if longest >= batch.longest:
+        return batch
+    share = longest / batch.longest
+    return replace(
+        batch, tokens=math.ceil(batch.tokens * share), padded=math.ceil(batch.padded * share), longest=longest
+    )
