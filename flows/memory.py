@@ -17,8 +17,9 @@ PACKABLE = {f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen
 SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 # `HEAD_CHUNK` of tasks.fast in elements, and bytes of each: logits in 16 and 32 bits, a difference and a probability
 FAST_HEAD, FAST_HEAD_BYTES = 1 << 23, 14
-# trl's tile (tokens, vocabulary); bytes of an element with Triton (logits and their gradient), and with torch operations
-TILE, TILE_BYTES, TILE_BYTES_TORCH = (4096, 32768), 4, 20
+# trl's tile (tokens, vocabulary); bytes of an element with Triton (the gradient in place), and with torch operations
+# (trl/kernels/chunked_logprob.py, `_backward_tile`)
+TILE, TILE_BYTES, TILE_BYTES_TORCH = (4096, 32768), 2, 31
 # bytes kept by torch.optim or bitsandbytes for each trained weight; any other optimizer is taken for AdamW
 OPTIMIZER = {"adamw": 8.0, "adam": 8.0, "lion": 4.0, "sgd": 0.0, "adafactor": 4.0, "rmsprop": 4.0, "ademamix": 12.0}
 # Measured on 2 cores with torch 2.13.0, see docs/plan.md.
@@ -181,7 +182,13 @@ def kept_per_token(
             inputs[group] = inputs.get(group, 0) + inner * count
         rank += int(lora.get("r", 8)) * count
     dropout = sum(inputs.values()) if lora.get("lora_dropout") else 0  # a byte of mask for each
-    return float(layers * (norms + mlp + attention)) + w * (sum(inputs.values()) + rank) + dropout
+    # the norm before the head keeps its input too; that of the first layer does not, since nothing before it is trained
+    return float(layers * (norms + mlp + attention) + w * (sum(inputs.values()) + rank) + dropout)
+
+
+def checkpointed_per_token(facts: dict[str, Any], device: Device) -> int:
+    """The same with gradient checkpointing: each layer's input, and that of the last norm in float32."""
+    return int((facts["layers"] * device.width + 4) * facts["hidden_size"])
 
 
 def training(
@@ -212,7 +219,7 @@ def training(
     layer = kept / facts["layers"]
     if section.get("gradient_checkpointing", True):
         name = f"activations of {tokens:,} tokens, one layer at a time"
-        kept = facts["layers"] * device.width * facts["hidden_size"] * tokens + layer
+        kept = checkpointed_per_token(facts, device) * tokens + layer
     else:
         name = f"activations of {tokens:,} tokens"
     casts = device.width * trained if device.width < 4 else 0  # 16-bit copies of A and B, one of each a step

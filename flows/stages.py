@@ -186,12 +186,12 @@ def plan(repo: Path, targets: Sequence[str] | None = None, *, remote: bool = Fal
                 if entry is None and far is not None and all(up in same for up in upstream):
                     entry = _run_cache(dvc, stage, restored, far)
                     distant = entry is not None
-                outdated = entry is None and not reasons
+                outdated = entry is None and not _own(reasons, restored)
                 if entry is not None:
                     same.add(stage)
-                    if reasons or entry != to_single_stage_lockfile(stage):
+                    if _own(reasons, restored) or entry != to_single_stage_lockfile(stage):
                         restored[_name(dvc, stage)] = entry
-                    else:  # what it reads of a restored upstream is what it was
+                    else:  # with its upstreams restored, its inputs are what it was made of
                         restorable = distant = False
             elif all(up in same for up in upstream):
                 same.add(stage)
@@ -543,6 +543,12 @@ def _status(dvc: Any, item: Any, kind: Literal["dependency", "output"]) -> list[
         else:
             out.append(Reason(kind, _relative(dvc, item), str(found)))
     return out
+
+
+def _own(reasons: Sequence[Reason], restored: Mapping[str, Mapping[str, Any]]) -> list[Reason]:
+    """The reasons that do not go away when upstreams are restored."""
+    made = [out["path"] for entry in restored.values() for out in entry["outs"]]
+    return [r for r in reasons if r.kind != "dependency" or not any(f"{r.name}/".startswith(f"{out}/") for out in made)]
 
 
 class _Far:

@@ -1,0 +1,459 @@
+"""The plan: what it says is what `dvc repro` then does, it changes nothing, and its bytes are those of the real objects."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import memory, plan, stages
+from flows.memory import GIB, Batch, Device
+from tasks import params
+from tests import small
+from tests.conftest import CHANGES, LORA, NF4, ORDER, ROOT, edit, fork, make_tiny, ran, run
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+ROOMY = Device("cpu", "test", 1 << 50, 1 << 50)
+
+
+@pytest.fixture
+def repo(pipeline: Path, tmp_path: Path) -> Path:
+    return fork(pipeline, tmp_path / "repo")
+
+
+def states(repo: Path, *targets: str) -> dict[str, str]:
+    return {line.name: line.state for line in plan.make(repo, targets or None, device=ROOMY).lines}
+
+
+def why(repo: Path) -> dict[str, list[str]]:
+    return {line.name: list(line.why) for line in plan.make(repo, device=ROOMY).lines}
+
+
+def did(repo: Path, *targets: str) -> tuple[set[str], set[str]]:
+    """(stages that ran, stages that were restored) by `dvc repro`."""
+    said = run(["dvc", "repro", *targets], repo).stdout
+    restored = {line.split("'")[1] for line in said.splitlines() if "is cached - skipping run" in line}
+    return set(ran(said)), restored
+
+
+class TestSaysWhatDvcDoes:
+    def test_a_param_and_its_revert(self, repo: Path) -> None:
+        assert set(states(repo).values()) == {"unchanged"}
+        edit(repo, "dpo", "beta", 0.35)
+        found = states(repo)
+        follow = {"merge", "evaluate@dpo", "report"}
+        assert found == {n: "run" if n == "dpo" else "follows" if n in follow else "unchanged" for n in ORDER}
+        said = why(repo)
+        assert said["dpo"] == ["dpo.beta 0.3 → 0.35"]
+        assert said["merge"] == ["after dpo"]
+        assert (
+            said["report"] == ["dpo.beta 0.3 → 0.35", "after dpo, merge, evaluate@dpo"] or "after" in said["report"][-1]
+        )
+        assert did(repo) == ({"dpo", *follow}, set())
+        edit(repo, "dpo", "beta", 0.3)
+        assert states(repo) == {n: "restored" if n in {"dpo", *follow} else "unchanged" for n in ORDER}
+        assert why(repo)["dpo"] == ["dpo.beta 0.35 → 0.3"]
+        assert did(repo) == (set(), {"dpo", *follow})
+
+    def test_a_data_file(self, repo: Path) -> None:
+        path = repo / "data/raw/advice.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:-1]))
+        found = states(repo, "split")
+        assert found == {
+            "base": "unchanged",
+            "ingest": "run",
+            "validate": "follows",
+            "split": "follows",
+        }
+        said = why(repo)
+        assert said["ingest"] == ["data/raw modified (data/raw/advice.jsonl)"]
+        assert said["validate"] == ["after ingest"]
+        assert did(repo, "split") == ({"ingest", "validate", "split"}, set())
+
+    def test_code_whose_output_stays_the_same(self, repo: Path) -> None:
+        with (repo / "tasks/split.py").open("a") as handle:
+            handle.write("# nothing\n")
+        assert states(repo, "template") == {
+            "base": "unchanged",
+            "ingest": "unchanged",
+            "validate": "unchanged",
+            "split": "run",
+            "template": "follows",
+        }
+        assert why(repo)["split"] == ["tasks/split.py modified"]
+        assert did(repo, "template") == ({"split"}, set())  # `follows` is a condition, not a promise
+        assert states(repo, "template")["template"] == "unchanged"
+
+    def test_outputs_that_are_gone_come_back(self, repo: Path) -> None:
+        shutil.rmtree(repo / "data/template/rows")
+        assert {n for n, s in states(repo).items() if s != "unchanged"} == {"template"}
+        assert states(repo)["template"] == "restored"
+        assert why(repo)["template"] == ["data/template/rows not here"]
+        assert did(repo) == (set(), {"template"})
+
+    def test_the_command_and_a_stage_never_run(self, repo: Path) -> None:
+        graph = repo / "dvc.yaml"
+        graph.write_text(graph.read_text().replace("--plots data/dpo/plots", "--plots  data/dpo/plots", 1))
+        lock = (repo / "dvc.lock").read_text()
+        (repo / "dvc.lock").write_text(lock.replace("  report:\n", "  reports:\n", 1))
+        said = why(repo)
+        assert said["report"][0] == "never run: dvc.lock does not know it"
+        graph.write_text(graph.read_text().replace("--out data/dpo/adapter", "--out data/dpo/other", 1))
+        assert "its command: data/dpo/adapter → data/dpo/other" in why(repo)["dpo"]
+
+
+def test_words_of_params() -> None:
+    def leaves(old: Any, new: Any) -> list[tuple[str, str, str]]:
+        return [(k, plan._value(a), plan._value(b)) for k, a, b in plan._leaves("x", old, new)]
+
+    assert leaves({"a": 1, "b": {"c": None}}, {"a": 1, "b": {"c": "d"}, "e": True}) == [
+        ("x.b.c", "null", '"d"'),
+        ("x.e", "(not set)", "true"),
+    ]
+    assert leaves([{"n": 1}, {"n": 2}], [{"n": 1}, {"n": 3}]) == [("x.1.n", "2", "3")]
+    assert leaves({"load_in_4bit": True}, None) == [("x", '{"load_in_4bit": true}', "null")]
+    assert leaves(1, 2) == [("x", "1", "2")]
+
+
+def digest(folder: Path) -> str:
+    """Names, bytes and times of all files but DVC's own scratch."""
+    out = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not name.startswith((".dvc/tmp/", ".git/index")) and "__pycache__" not in name:
+            out.update(f"{name} {path.stat().st_mtime_ns}".encode() + path.read_bytes())
+    return out.hexdigest()
+
+
+def test_writes_and_runs_nothing_and_answers_for_a_small_machine(repo: Path) -> None:
+    edit(repo, "sft", "learning_rate", 1e-5)
+    before = digest(repo)
+    path = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = run([sys.executable, "-m", "flows.plan"], repo, check=False, **path)
+    assert done.returncode == 0, done.stdout
+    assert "sft.learning_rate 0.0006 → 1e-05" in done.stdout
+    tight = run([sys.executable, "-m", "flows.plan", "--memory", "0.5"], repo, check=False, **path)
+    assert tight.returncode == plan.NO_FIT
+    assert "sft won't fit" in tight.stdout
+    data = json.loads(run([sys.executable, "-m", "flows.plan", "--json", "sft"], repo, **path).stdout)
+    entry = {e["name"]: e for e in data["stages"]}["sft"]
+    assert entry["state"] == "run"
+    assert entry["need"]["total"] == sum(part["bytes"] for part in entry["need"]["parts"])
+    wrong = run([sys.executable, "-m", "flows.plan", "sftt"], repo, check=False, **path)
+    assert (wrong.returncode, wrong.stdout.strip()) == (1, "plan: sftt: no such stage in dvc.yaml, did you mean `sft`?")
+    assert digest(repo) == before
+
+
+def test_last_time_and_the_check_of_the_estimate(repo: Path) -> None:
+    lines = {line.name: line for line in plan.make(repo, device=ROOMY).lines}
+    assert lines["sft"].need is not None
+    event = {
+        "stage": "sft",
+        "arguments": {"adapter": "data/sft/adapter"},
+        "seconds": 61.0,
+        "peak_bytes": lines["sft"].need.total * 2,
+    }
+    (repo / "data/sft/event.json").write_text(json.dumps(event))
+    for path in (repo / "data/dpo").glob("event*.json"):
+        path.unlink()
+    (repo / "data/evaluate").mkdir(exist_ok=True)
+    for path in (repo / "data/evaluate").glob("event*.json"):
+        path.unlink()
+    instance = {"stage": "evaluate", "arguments": {"answers": "data/evaluate/sft.answers.jsonl"}, "seconds": 5}
+    (repo / "data/evaluate/event.json").write_text(json.dumps(instance))
+    edit(repo, "sft", "per_device_train_batch_size", 64)
+    found = plan.make(repo, device=ROOMY)
+    lines = {line.name: line for line in found.lines}
+    assert (lines["sft"].seconds, lines["sft"].when) == (61.0, "with other settings")
+    assert (lines["dpo"].seconds, lines["dpo"].when) == (None, "not run here yet")
+    assert lines["evaluate@sft"].when == "with other inputs"
+    assert lines["evaluate@base"].when == "of another instance"
+    assert lines["sft"].measured == 2 * (
+        lines["sft"].estimated or 0
+    )  # of the settings that it ran with, not of the new ones
+    assert (lines["sft"].estimated or 0) < lines["sft"].need.total  # type: ignore[union-attr]
+    assert "(-50%)" in plan.text(found)
+    assert max(map(len, plan.text(found).splitlines())) <= 120
+
+
+class TestCaches:
+    """On shell stages: what only caches decide."""
+
+    @pytest.fixture
+    def shell(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        repo = small.make(tmp_path / "small")
+        run("dvc repro && git add -A && git -c user.name=t -c user.email=t@example.org commit -qm ran", repo)
+        return repo
+
+    def test_remote(self, shell: Path, tmp_path: Path) -> None:
+        (shell / "in").write_text("second\n")
+        run(f"dvc repro && dvc remote add -d far {tmp_path / 'far'} && dvc push -q --run-cache", shell)
+        shutil.rmtree(shell / ".dvc/cache")
+        (shell / "in").write_text("input\n")
+        run("dvc repro first && dvc push -q --run-cache", shell)
+        shutil.rmtree(shell / ".dvc/cache")
+        (shell / "in").write_text("second\n")
+        assert plan._states(stages.plan(shell))["first"] == "run"
+        found = plan._states(stages.plan(shell, remote=True))
+        assert found["first"] == "remote"
+        assert not (shell / ".dvc/cache/runs").exists()  # looked at, not fetched
+        run("dvc pull -q --run-cache", shell, check=False)
+        assert did(shell)[0] == {name for name, state in found.items() if state in ("run", "follows")}
+
+    def test_no_remote(self, shell: Path) -> None:
+        with pytest.raises(params.UserError, match="no DVC remote"):
+            stages.plan(shell, remote=True)
+
+    def test_restored_upstream_of_what_it_was_made_of(self, shell: Path) -> None:
+        """`first` went ahead and back: what lies behind it is unchanged, not restored."""
+        (shell / "in").write_text("second\n")
+        run("dvc repro --single-item first", shell)
+        (shell / "in").write_text("input\n")
+        found = plan._states(stages.plan(shell))
+        assert found.pop("first") == "restored"
+        assert set(found.values()) == {"unchanged"}
+        assert did(shell) == (set(), {"first"})
+
+    def test_restored_upstream_of_what_was_never_made(self, shell: Path) -> None:
+        (shell / "in").write_text("second\n")
+        run("dvc repro --single-item first", shell)
+        (shell / "in").write_text("input\n")
+        run("dvc repro --single-item first", shell)
+        (shell / "in").write_text("second\n")
+        found = plan._states(stages.plan(shell))
+        assert found == {"first": "restored", "slow": "run", "each@a": "run", "each@b": "run", "report": "follows"}
+        assert did(shell) == ({"slow", "each@a", "each@b", "report"}, {"first"})
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def facts(tiny: Path) -> dict[str, Any]:
+    from tasks import base, chat, models
+
+    found: dict[str, Any] = base.describe(models.load(tiny, None), chat.load_tokenizer(tiny), "tiny", "none")
+    return found
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_adapter_parameters_are_those_of_peft(tiny: Path, facts: dict[str, Any], targets: Any) -> None:
+    from tasks import models
+
+    lora = LORA | {"target_modules": targets}
+    adapted = models.new_adapter(models.load(tiny, None), lora, 0)
+    real = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert memory.adapter_parameters(facts, lora) == real
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [None, NF4, NF4 | {"bnb_4bit_use_double_quant": False}, {"load_in_8bit": True}],
+    ids=["16 bits", "nf4 twice", "nf4", "int8"],
+)
+def test_weight_bytes_are_those_of_the_loaded_model(tmp_path: Path, quantization: dict[str, Any] | None) -> None:
+    """Of layers wide enough that a quantised tensor's own tables are small beside it."""
+    from tasks import base, chat, models
+
+    folder = make_tiny(tmp_path / "wide", hidden_size=256, intermediate_size=768)
+    model = models.load(folder, quantization)
+    facts = base.describe(models.load(folder, None), chat.load_tokenizer(folder), "wide", "none")
+    real = model.get_memory_footprint()
+    seen = set()
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        for inner in (state, getattr(state, "state2", None)):
+            for tensor in (inner.absmax, inner.code) if inner is not None else ():
+                if tensor.data_ptr() not in seen:
+                    seen.add(tensor.data_ptr())
+                    real += tensor.numel() * tensor.element_size()
+        scales = getattr(parameter, "SCB", None)
+        if scales is not None:
+            real += scales.numel() * scales.element_size()
+    width = models.compute_dtype().itemsize
+    assert memory.weight_bytes(facts, quantization, width) == pytest.approx(real, rel=0.01)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("way", ["fast", "own", "checkpointed"])
+def test_kept_activations_are_those_that_autograd_keeps(
+    tiny: Path, facts: dict[str, Any], way: str, targets: Any
+) -> None:
+    """Bytes a token, as the difference of a batch and one of twice the rows: what does not grow with tokens drops out."""
+    import torch
+    from trl.trainer.utils import add_fused_lm_head
+
+    from tasks import fast, models
+
+    lora = LORA | {"target_modules": targets}
+    adapted = models.new_adapter(models.load(tiny, NF4, "eager"), lora, 0).train()
+    if way == "checkpointed":
+        adapted.gradient_checkpointing_enable()
+        adapted.enable_input_require_grads()
+    add_fused_lm_head(adapted.get_base_model(), outputs=("log_probs",))
+    if way != "own":
+        assert fast.install(adapted) == []
+    owned = {p.untyped_storage().data_ptr() for p in adapted.parameters()}
+    length = 40
+
+    def kept(rows: int) -> int:
+        held: dict[int, Any] = {}
+
+        def hold(tensor: Any) -> Any:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in owned:
+                held[storage.data_ptr()] = storage
+            return tensor
+
+        ids = torch.randint(5, 300, (rows, length), generator=torch.Generator().manual_seed(rows))
+        labels = torch.full_like(ids, -100)
+        labels[:, -1] = 7  # hardly any head
+        width = models.compute_dtype()
+        with (
+            torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=width == torch.bfloat16),
+        ):
+            out = adapted(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, fused_lm_head=True)
+        assert out.loss.isfinite()
+        return sum(storage.nbytes() for storage in held.values())
+
+    real = (kept(16) - kept(8)) / (8 * length)
+    here = Device("cpu", "", 0, 0, models.compute_dtype() == torch.bfloat16)
+    if way == "checkpointed":
+        said: float = memory.checkpointed_per_token(facts, here)
+    else:
+        said = memory.kept_per_token(facts, lora, here, length, way == "fast", way == "fast")
+    assert said == pytest.approx(real, rel=0.03)
+
+
+def test_tokens_of_a_batch_are_those_of_the_packed_layout() -> None:
+    from tasks import fast
+
+    rows = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 9, 9], [7], [1, 2, 5]]
+    assert memory.distinct(rows) == fast.lay_out(rows).ids.shape[1]
+
+
+def test_defaults_are_those_of_the_classes() -> None:
+    from trl import DPOConfig, SFTConfig
+
+    for config in (SFTConfig, DPOConfig):
+        real = {f.name: f.default for f in dataclasses.fields(config)}
+        for key, value in plan.DEFAULTS.items():
+            if key != "optim":  # `training.arguments` sets it
+                assert real[key] == value, key
+
+
+def test_optimizers() -> None:
+    def of(name: str) -> int:
+        return memory.optimizer_bytes(name, 1000)
+
+    assert [of(n) for n in ("adamw_torch", "paged_adamw_32bit", "adamw_8bit", "paged_lion_8bit", "sgd")] == [
+        8000,
+        8000,
+        2000,
+        1000,
+        0,
+    ]
+
+
+def big() -> dict[str, Any]:
+    """A 7B of Mistral's shapes."""
+    hidden, inner, layers, key = 4096, 14336, 32, 1024
+    shapes = {
+        "q_proj": [[hidden, hidden, layers]],
+        "k_proj": [[hidden, key, layers]],
+        "v_proj": [[hidden, key, layers]],
+        "o_proj": [[hidden, hidden, layers]],
+        "gate_proj": [[hidden, inner, layers]],
+        "up_proj": [[hidden, inner, layers]],
+        "down_proj": [[inner, hidden, layers]],
+    }
+    linear = sum(a * b * n for each in shapes.values() for a, b, n in each)
+    return {
+        "architecture": "MistralForCausalLM", "parameters": linear + 2 * 32768 * hidden + 65 * hidden,
+        "linear_parameters": linear, "linear_modules": sorted(shapes), "linear_shapes": shapes, "layers": layers,
+        "hidden_size": hidden, "intermediate_size": inner, "vocabulary": 32768, "context_length": 32768,
+        "attention": {"heads": 32, "kv_heads": 8, "head_dim": 128}, "kv_cache_bytes_per_token": 131072,
+    }  # fmt: skip
+
+
+class TestWontFit:
+    """A 7B in 16 bits on GPUs that get smaller."""
+
+    def every(self) -> dict[str, Any]:
+        return params.load(ROOT / "params.yaml") | {
+            "quantization": None,
+            "template": params.Template(max_length=1024),
+            "sft": {"per_device_train_batch_size": 8, "gradient_checkpointing": False},
+            "lora": {"r": 64},
+        }
+
+    @pytest.mark.parametrize("gib", [80, 40, 24, 20, 12, 8, 6])
+    def test_the_first_combination_that_fits_in_order_of_harm(self, gib: int, tmp_path: Path) -> None:
+        facts, every, rows = big(), self.every(), plan.Rows(tmp_path)
+        device = Device("cuda", "test", gib * GIB, gib * GIB)
+
+        def need(settings: dict[str, Any]) -> memory.Need | None:
+            return plan.estimate("sft", settings, facts, device, rows)
+
+        assert need(every).least > device.free  # type: ignore[union-attr]
+        remedies, hopeless = plan.propose("sft", every, need, device.free, rows)
+        harm = ["gradient_checkpointing", "per_device_train_batch_size", "max_length", "quantization", "r"]
+        kinds = [next(iter(r.change)).rpartition(".")[2] for r in remedies]
+        assert kinds == [h for h in harm if h in kinds]
+        assert all(r.saves > 0 for r in remedies)
+        fits = []
+        for count in range(len(remedies) + 1):
+            settings = every
+            for remedy in remedies[:count]:
+                settings = plan._changed(settings, remedy.change)
+            fits.append(need(settings).least <= device.free)  # type: ignore[union-attr]
+        assert fits == [False] * len(remedies) + [not hopeless]
+        assert hopeless == (gib <= 4)
+        sizes = [r.change for r in remedies if "sft.per_device_train_batch_size" in r.change]
+        assert all(c["sft.per_device_train_batch_size"] * c["sft.gradient_accumulation_steps"] == 8 for c in sizes)
+
+    def test_more_of_anything_needs_more(self, tmp_path: Path) -> None:
+        facts, every, rows = big(), self.every(), plan.Rows(tmp_path)
+        device = Device("cuda", "test", GIB, GIB)
+
+        def total(**changes: Any) -> int:
+            found = plan.estimate(
+                "sft", plan._changed(every, {k.replace("__", "."): v for k, v in changes.items()}), facts, device, rows
+            )
+            assert found is not None
+            return found.total
+
+        plain = total()
+        assert total(lora__r=128) > plain
+        assert total(template__max_length=2048) > plain
+        assert total(sft__per_device_train_batch_size=16) > plain
+        assert total(quantization=plan.NF4) < total(quantization={"load_in_8bit": True}) < plain
+        assert total(sft__optim="paged_adamw_8bit") < plain
+        assert total(sft__gradient_checkpointing=True) < plain
+
+    def test_every_stage_with_a_model_has_an_estimate(self, tmp_path: Path) -> None:
+        every = params.load(ROOT / "params.yaml")
+        known = {n: plan.estimate(n, every, big(), ROOMY, plan.Rows(tmp_path)) for n in ORDER}
+        with_model = {"sft", "pair", "reference", "dpo", "merge", "evaluate@base", "evaluate@sft", "evaluate@dpo"}
+        assert {n for n, need in known.items() if need is not None} == with_model
+        assert all(need.total > 2 * 7e9 for n, need in known.items() if need is not None and n != "sft")
+
+
+def test_tiny_batches_follow_the_rows(repo: Path) -> None:
+    """The rows that are there are what the estimate rests on, not the longest that could be."""
+    rows = plan.Rows(repo)
+    given = plan.DEFAULTS | CHANGES["sft"]
+    batch, note = rows.sft("train", 16, 256, given)
+    assert batch.longest < 256
+    assert batch.tokens < batch.padded <= 16 * batch.longest
+    assert f"{batch.longest} tokens" in note
+    assert rows.dpo("train", 4, 256, given)[0].padded <= 8 * 256
+    nothing = plan.Rows(repo / "docs").sft("train", 16, 256, given)[0]
+    assert nothing == Batch(16 * 256, 16 * 256, 256)
