@@ -44,6 +44,10 @@ retrain: setup ## fresh data, the pipeline, the gate, and a promotion or nothing
 share: setup ## set up the team's DVC remote: REMOTE=s3://… | ssh://… | /path, ENDPOINTURL= REGION= PROFILE= KEYFILE= USERNAME=
 	python -m flows.share $(if $(REMOTE),'$(REMOTE)') $(if $(ENDPOINTURL),--endpointurl '$(ENDPOINTURL)') $(if $(REGION),--region '$(REGION)') $(if $(PROFILE),--profile '$(PROFILE)') $(if $(KEYFILE),--keyfile '$(KEYFILE)') $(if $(USERNAME),--user '$(USERNAME)')
 
+.PHONY: plan
+plan: setup ## what a run would do, how long it takes and whether it fits; runs nothing. STAGE='dpo report' for some stages
+	@python -m flows.plan $(STAGE)
+
 REV ?= HEAD
 diff: setup ## one page of what changed since REV=HEAD~1 (to TO=…, default: the workspace), in tmp/diff.html and tmp/diff.md
 	python -m flows.diff '$(REV)' $(if $(TO),'$(TO)')

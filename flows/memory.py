@@ -17,6 +17,9 @@ PACKABLE = {f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen
 SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 # `HEAD_CHUNK` of tasks.fast in elements, and bytes of each: logits in 16 and 32 bits, a difference and a probability
 FAST_HEAD, FAST_HEAD_BYTES = 1 << 23, 14
+# `SCORE_CHUNK` of tasks.fast; bytes of an attention score in its backward pass: 2 of the weight, 2 and 4 of its gradient,
+# 4 of the weight in float32, 4 of the result
+FAST_SCORES, FAST_SCORES_BYTES = 1 << 25, 16
 # trl's tile (tokens, vocabulary); bytes of an element with Triton (the gradient in place), and with torch operations
 # (trl/kernels/chunked_logprob.py, `_backward_tile`)
 TILE, TILE_BYTES, TILE_BYTES_TORCH = (4096, 32768), 2, 31
@@ -224,12 +227,13 @@ def training(
         name = f"activations of {tokens:,} tokens"
     casts = device.width * trained if device.width < 4 else 0  # 16-bit copies of A and B, one of each a step
     head = head_bytes(facts, device, tokens, packed)
-    step = kept + layer + head
+    scores = score_bytes(facts, batch) if packed else 0
+    step = kept + layer + scores + head
     rest = 0.0
     if evaluated:
         count = evaluated.tokens if packed else evaluated.padded
         once = kept_per_token(facts, lora, device, evaluated.longest, packed, fused) * count / facts["layers"]
-        rest = once + head_bytes(facts, device, count, packed)
+        rest = once + head_bytes(facts, device, count, packed) + (score_bytes(facts, evaluated) if packed else 0)
     rest = max(
         rest, 20 * kl * facts["vocabulary"]
     )  # five float32 tables: both models, a difference, an exponential, a product
@@ -241,11 +245,18 @@ def training(
         Part(f"optimizer {section['optim']}", optimizer_bytes(section["optim"], trained)),
         Part(name, int(kept + layer + casts)),
         Part("head and loss", int(head)),
+        *([Part("attention scores of one layer", scores)] if packed else []),
         Part("holes between activations", int(holes)),
     ]  # fmt: skip
     if rest > step:
         parts.append(Part("validation beyond a step", int(rest - step)))
     return Need(tuple(parts))
+
+
+def score_bytes(facts: dict[str, Any], batch: Batch) -> int:
+    """Scores of one layer's attention in tasks.fast, which works through the rows in pieces of `FAST_SCORES`."""
+    rows = batch.padded // max(1, batch.longest)
+    return int(min(rows * facts["attention"]["heads"] * batch.longest**2, FAST_SCORES)) * FAST_SCORES_BYTES
 
 
 def head_bytes(facts: dict[str, Any], device: Device, tokens: int, packed: bool) -> int:
@@ -267,11 +278,13 @@ def loaded(
     process = [
         Part("Python, torch and libraries", PROCESS + SLACK),
         Part("compiled products", min(KERNELS * shapes, KERNELS_MOST)),
-        Part("model file, mapped", 2 * facts["parameters"], mapped=True),
     ]
-    if device.width == 4:
-        return [*process, Part(name, weight_bytes(facts, quantization, 4))]
-    return [*process, Part(name, linear_bytes(facts, quantization))] if quantization else process
+    if device.width == 2 and not quantization:
+        return [*process, Part(f"{name}, pages of the model's file", weight_bytes(facts, None))]
+    mapped = Part("model file, mapped", 2 * facts["parameters"], mapped=True)
+    if device.width == 2:  # what is not quantised stays in the file
+        return [*process, mapped, Part(name, linear_bytes(facts, quantization))]
+    return [*process, mapped, Part(name, weight_bytes(facts, quantization, 4))]
 
 
 def quantised(quantization: dict[str, Any] | None, width: int = 2) -> str:

@@ -212,6 +212,8 @@ def _words(root: Path, reason: Reason) -> Iterator[str]:
         yield f"{reason.name} modified" + (f" ({', '.join(files)})" if files else "")
     elif reason.kind == "always":
         yield "it always runs"
+    elif not reason.name:
+        yield "it is being run by another dvc at this moment"
     else:
         yield f"{reason.name} {reason.status}"
 
