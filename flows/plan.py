@@ -158,12 +158,12 @@ def _states(planned: Sequence[Planned]) -> dict[str, State]:
             out[each.name] = "restored"
         elif each.remote:
             out[each.name] = "remote"
-        elif each.changed or each.outdated:
-            out[each.name] = "run"
-        elif any(out[up] in ("run", "follows") for up in each.upstream):
-            out[each.name] = "follows"
-        else:
+        elif each.settled:
             out[each.name] = "unchanged"
+        elif not each.changed and any(out[up] in ("run", "follows") for up in each.upstream):
+            out[each.name] = "follows"
+        else:  # also: upstreams would be restored to what it was not made of
+            out[each.name] = "run"
     return out
 
 
@@ -471,9 +471,10 @@ def estimate(name: str, every: dict[str, Any], facts: dict[str, Any], device: De
             evaluated = rows.sft("validation", validated, limit, given)[0] if validates else None
             need = memory.training(facts, given, lora, quantization, device, batch, evaluated)
         else:
-            batch, note, answer = rows.dpo("train", size, limit, given)
-            evaluated = rows.dpo("validation", validated, limit, given)[0] if validates else None
+            batch, note, _ = rows.dpo("train", size, limit, given)
+            evaluated, _, answer = rows.dpo("validation", validated, limit, given)
             kl = KL_ROWS * answer if validates else 0
+            evaluated = evaluated if validates else None
             need = memory.training(facts, given, lora, quantization, device, batch, evaluated, copies=1, kl=kl)
         return Need(need.parts, f"batches of {size} {note}")
     adapter = Part("adapter, float32", 4 * memory.adapter_parameters(facts, lora))

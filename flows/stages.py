@@ -106,7 +106,7 @@ class Planned:
         missing: the only change is that outputs are not here; `dvc pull` would do.
         restorable: the local run cache holds this very run, taking into account what upstreams would be restored to.
         remote: not the local one but the remote's; only `plan(remote=True)` asks.
-        outdated: upstreams would be restored to what it was not made of, and no cache holds it.
+        settled: neither run nor restored: its inputs are what it was made of, or will be when upstreams are restored.
         imported: it is a download (`dvc import`, `dvc import-url`).
         timeout: seconds, of `meta: {timeout: …}`.
         outputs: files and folders that it makes.
@@ -121,7 +121,7 @@ class Planned:
     missing: bool
     restorable: bool
     remote: bool
-    outdated: bool
+    settled: bool
     imported: bool
     timeout: float | None
     outputs: tuple[str, ...]
@@ -179,14 +179,13 @@ def plan(repo: Path, targets: Sequence[str] | None = None, *, remote: bool = Fal
         for stage in stages:
             reasons, missing = _reasons(dvc, stage)
             upstream = list(graph.successors(stage))
-            restorable = distant = outdated = False
+            restorable = distant = False
             if reasons or any(_name(dvc, up) in restored for up in upstream):
                 entry = _run_cache(dvc, stage, restored) if all(up in same for up in upstream) else None
                 restorable = entry is not None
                 if entry is None and far is not None and all(up in same for up in upstream):
                     entry = _run_cache(dvc, stage, restored, far)
                     distant = entry is not None
-                outdated = entry is None and not _own(reasons, restored)
                 if entry is not None:
                     same.add(stage)
                     if _own(reasons, restored) or entry != to_single_stage_lockfile(stage):
@@ -206,7 +205,7 @@ def plan(repo: Path, targets: Sequence[str] | None = None, *, remote: bool = Fal
                     missing=missing,
                     restorable=restorable,
                     remote=distant,
-                    outdated=outdated,
+                    settled=stage in same and _name(dvc, stage) not in restored,
                     imported=bool(stage.is_import),
                     timeout=float(meta["timeout"]) if meta.get("timeout") else None,
                     outputs=tuple(_relative(dvc, out) for out in stage.outs),
@@ -602,7 +601,7 @@ def _run_cache(
                 if found is None:
                     return None
                 dep.hash_info = found[1]
-            dep.meta = dep.meta or Meta()
+            dep.meta = Meta()  # that of dvc.lock would bring the old hash along
         if stage.frozen or not _can_hash(stage):
             return None
         now = to_single_stage_lockfile(stage)
