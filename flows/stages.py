@@ -597,17 +597,22 @@ def _run_cache(
             dep.hash_info = HashInfo("md5", known[parent]["md5"])
             if parent != dep.def_path:  # a file below an output that is a folder
                 tree = _tree(dvc, far, dep.hash_info)
-                found = tree.get(Path(dep.def_path).relative_to(parent).parts)
-                if found is None:
+                leaf = tree.get(Path(dep.def_path).relative_to(parent).parts)
+                if leaf is None:
                     return None
-                dep.hash_info = found[1]
+                dep.hash_info = leaf[1]
             dep.meta = Meta()  # that of dvc.lock would bring the old hash along
         if stage.frozen or not _can_hash(stage):
             return None
         now = to_single_stage_lockfile(stage)
         same = recorded is not None and _key(now) == _key(recorded)
         entry: Mapping[str, Any] | None = recorded if same else (far.load if far else dvc.stage_cache._load)(stage)
-        return entry if entry and all(_in_cache(cache, out["md5"]) for out in entry["outs"]) else None
+        # `dvc pull` brings what dvc.lock names; a metric that is kept in git need not be in a cache then
+        here = {out.def_path for out in stage.outs if far and same and not out.use_cache and not out.status()}
+        found = entry is not None and all(
+            _in_cache(cache, out["md5"]) for out in entry["outs"] if out["path"] not in here
+        )
+        return entry if found else None
     except (DvcException, OSError, TypeError, KeyError):
         return None  # an input that is not there, a folder that is not in the cache
 
