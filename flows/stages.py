@@ -8,6 +8,7 @@ import contextlib
 import copy
 import difflib
 import fcntl
+import functools
 import os
 import re
 import select
@@ -602,6 +603,7 @@ def _run_cache(
                     return None
                 dep.hash_info = leaf[1]
             dep.meta = Meta()  # that of dvc.lock would bring the old hash along
+            dep.get_hash = functools.partial(copy.copy, dep.hash_info)  # not that of the file, which may not be there
         if stage.frozen or not _can_hash(stage):
             return None
         now = to_single_stage_lockfile(stage)
