@@ -514,6 +514,8 @@ def _reasons(dvc: Any, stage: Any) -> tuple[list[Reason], bool]:
     try:
         if not stage.changed():
             return [], False
+        if getattr(stage, "name", None) and _locked_entry(stage) is None:
+            return [Reason("command", "", "never run", after=stage.cmd)], False
         found = [_command(stage)] if stage.changed_stage() else []
         if stage.is_callback or stage.always_changed:
             found.append(Reason("always", "", "changed"))
