@@ -59,6 +59,7 @@ def run(
     models.save_adapter(trainer.model, out)
     result = training.summary(trainer, watch) | watch.last
     metrics.write_text(json.dumps(result, indent=2) + "\n")
+    training.clear(folder)
     return f"{result['steps']} steps, reward accuracy {result.get('rewards_accuracies', 0):.2f}, margin {result.get('rewards_margins', 0):.2f}, KL to the reference {result.get('kl_to_reference', 0):.3f} nats per token"
 
 

@@ -51,6 +51,7 @@ def run(
     models.save_adapter(trainer.model, adapter)
     result = training.summary(trainer, watch)
     metrics.write_text(json.dumps(result, indent=2) + "\n")
+    training.clear(folder)
     return f"{result['steps']} steps, loss {result['loss_first']:.3f} → {result['loss_last']:.3f}, {result['trainable_parameters'] / 1e6:.1f} M trainable parameters"
 
 

@@ -1,15 +1,21 @@
 """What `sft` and `dpo` share: arguments for a trl trainer, checkpoints to resume from, curves, and an eye on bad signs."""
 
+import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
+import random
 import shutil
 import statistics
+import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from dvclive import Live
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,6 +24,8 @@ from tasks import fast, models, stage
 from tasks.params import ADDED, UserError
 
 CHECKPOINTS = Path(".checkpoints")
+SEAL = "whole.json"  # of a checkpoint, written last
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 # of an event, not of the run's result: they differ between two equal runs, or between one and its resumption
 EVENTFUL = ("runtime", "per_second", "total_flos", "num_tokens", "train_loss")
 
@@ -57,26 +65,50 @@ def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -
 
 
 def checkpoint_folder(name: str, inputs: Iterable[Path], settings: dict[str, Any]) -> Path:
-    """A git-ignored folder keyed by everything the run depends on: a changed input never resumes an old run."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for path in inputs:
+    """A git-ignored folder keyed by everything the run depends on: a changed input never resumes an old run.
+
+    That is the bytes of `inputs`, the settings, this code, and the versions of the libraries that train.
+    """
+    versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
+    digest = hashlib.sha256(json.dumps([settings, versions], sort_keys=True, default=str).encode())
+    code = {str(m.__file__) for n, m in sys.modules.items() if n.startswith("tasks.") and m.__file__}
+    code.add(str(Path(__file__).with_name(f"{name}.py")))  # as a program it is `__main__`
+    for path in (*inputs, *map(Path, sorted(code))):
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
-                digest.update(file.name.encode())
-                with file.open("rb") as handle:
-                    digest.update(hashlib.file_digest(handle, "sha256").digest())
+                digest.update(f"{file.relative_to(path).as_posix()} {_sha256(file)}\n".encode())
     return CHECKPOINTS / f"{name}-{digest.hexdigest()[:16]}"
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint: `trainer_state.json` is written last."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    found.sort(key=lambda p: int(p.name.rsplit("-", 1)[-1]))
-    return str(found[-1]) if found else None
+    """The newest checkpoint that is whole, its best one too; what a kill or a power loss left half-written is removed."""
+    whole: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[-1])):
+        seal = _seal_of(path)
+        if seal is None:
+            shutil.rmtree(path)
+        else:
+            whole[str(path)] = seal
+    return next((path for path, seal in reversed(whole.items()) if seal["best"] in (None, *whole)), None)
+
+
+def _seal_of(checkpoint: Path) -> dict[str, Any] | None:
+    """What `Checkpoints` wrote of a checkpoint, if every file is still what it was then."""
+    try:
+        seal: dict[str, Any] = json.loads((checkpoint / SEAL).read_text())
+        same = all(_sha256(checkpoint / name) == digest for name, digest in seal["files"].items())
+    except (OSError, ValueError):
+        return None
+    return seal if same else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def train(trainer: Any, folder: Path, given: dict[str, Any]) -> None:
-    """Train, from the last checkpoint if there is one; checkpoints are removed when it is done.
+    """Train, from the last checkpoint if there is one.
 
     The adapter is trained in float32, and on a CPU by the paths of `tasks.fast`, unless `given` turns them off.
     """
@@ -88,7 +120,14 @@ def train(trainer: Any, folder: Path, given: dict[str, Any]) -> None:
     resume = last_checkpoint(folder)
     if resume:
         print(f"resuming from {resume}", flush=True)
-    trainer.train(resume_from_checkpoint=resume)
+    seal = _seal_of(Path(resume)) if resume else None
+    trainer.add_callback(Checkpoints(trainer, seal))
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except AlreadyTrained:
+        assert seal is not None
+        trainer.model.train(seal["training"])
+        trainer._finalize_training(None, 0, time.time())
     runtime = next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), 0.0)
     tokens = max((e.get("num_tokens", 0.0) for e in trainer.state.log_history), default=0.0)
     stage.EVENT |= {
@@ -98,6 +137,10 @@ def train(trainer: Any, folder: Path, given: dict[str, Any]) -> None:
         "tokens_per_second": None if resume or not runtime else round(tokens / runtime, 1),
         "resumed_from": resume,
     }
+
+
+def clear(folder: Path) -> None:
+    """Remove the checkpoints of a run whose results are written."""
     shutil.rmtree(folder, ignore_errors=True)
     if CHECKPOINTS.is_dir() and not os.listdir(CHECKPOINTS):
         CHECKPOINTS.rmdir()
@@ -107,6 +150,99 @@ def early_stopping(given: dict[str, Any]) -> list[TrainerCallback]:
     if "early_stopping_patience" not in given:
         return []
     return [EarlyStoppingCallback(given["early_stopping_patience"], given.get("early_stopping_threshold", 0.0))]
+
+
+class AlreadyTrained(Exception):
+    """The checkpoint resumed from was the last one: only the end of the training is left to do."""
+
+
+class Checkpoints(TrainerCallback):
+    """Makes a resumed training the same as an uninterrupted one, to the byte, and a half-written checkpoint no checkpoint.
+
+    transformers 5.23 writes trainer_state.json last, but neither at once nor to disk, and does not keep what these need: the
+    order of the rows (drawn from the random state at the epoch's start), the mean of what was not logged yet, the patience
+    of early stopping, and that the training was over. These go, with a hash of each file, to a file that is renamed into
+    place when all else is on disk. `tests/test_training.py` has a case for each.
+    """
+
+    def __init__(self, trainer: Any, seal: dict[str, Any] | None) -> None:
+        self.trainer = trainer
+        self.resumed = seal
+        self.epoch_began: dict[str, Any] = {}
+        self.stopping = [c for c in trainer.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        self.epoch_ended = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.resumed:
+            self.trainer._tr_loss += self.resumed["loss"]
+            self.trainer._globalstep_last_logged = self.resumed["logged"]
+            self.trainer._metrics["train"].update(self.resumed["metrics"])
+            self.trainer._total_train_tokens = self.resumed["tokens"]
+            for callback in self.stopping:
+                callback.early_stopping_patience_counter = self.resumed["patience"]
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.resumed:
+            if self.resumed["over"]:
+                raise AlreadyTrained
+            if self.resumed["random"]:
+                _set_random_state(self.resumed["random"])
+            self.resumed = None
+        self.epoch_began = _random_state()
+        self.epoch_ended = False
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.epoch_ended = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        whole_epochs = float(state.epoch or 0).is_integer()
+        over = control.should_training_stop or state.global_step >= state.max_steps
+        if (whole_epochs or over) and not self.epoch_ended and "epoch" in (args.eval_strategy, args.logging_strategy):
+            return  # resumed from here, the trainer would skip what it does at the end of this epoch
+        trainer = self.trainer
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        seal = {
+            "files": {path.relative_to(folder).as_posix(): _sha256(path) for path in files},
+            "best": state.best_model_checkpoint,
+            "random": None if whole_epochs else self.epoch_began,
+            "loss": trainer._tr_loss.item(),
+            "logged": trainer._globalstep_last_logged,
+            "metrics": trainer._metrics["train"],
+            "tokens": trainer._total_train_tokens,
+            "patience": max((c.early_stopping_patience_counter for c in self.stopping), default=0),
+            "over": over,
+            "training": trainer.model.training,  # after a validation it is not, and trl's last log depends on it
+        }
+        temporary = folder / f"{SEAL}.tmp"
+        temporary.write_text(json.dumps(seal))
+        for path in (*files, temporary, folder):
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        temporary.rename(folder / SEAL)
+
+
+def _random_state() -> dict[str, Any]:
+    """Of Python, NumPy and torch, as JSON holds it."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, [int(key) for key in keys], *rest],
+        "torch": [bytes(state.tolist()).hex() for state in (torch.get_rng_state(), *cuda)],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    cpu, *cuda = (torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for text in state["torch"])
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
 
 
 class Curves(TrainerCallback):
@@ -142,6 +278,11 @@ class Watch(TrainerCallback):
         self.notes: list[str] = []
         self.losses: list[float] = []
         self.validation: list[float] = []
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After a resume, see again what was logged before it."""
+        for entry in state.log_history:
+            self.on_log(args, dataclasses.replace(state, global_step=entry["step"]), control, entry)
 
     def say(self, note: str) -> None:
         self.notes.append(note)

@@ -1,13 +1,20 @@
 """sft, reference, dpo and merge on the tiny model: the exact quantities, not "runs"."""
 
+import hashlib
+import importlib.metadata
+import inspect
 import json
 import math
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 import torch
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from tasks import base as base_stage
 from tasks import chat, dpo, merge, models, records, reference, sft, training
@@ -136,29 +143,26 @@ def test_loss_is_the_mean_over_supervised_tokens_of_the_whole_batch(
     assert whole["loss_first"] == pytest.approx(total / count, rel=2e-3)
 
 
-def test_an_interrupted_run_resumes_to_the_same_bytes(
-    tiny: Path, facts: Path, rows: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Stop(training.Watch):
-        def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.epoch and state.epoch >= 1:
-                raise KeyboardInterrupt
+def test_whatever_changes_has_other_checkpoints(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def folder(inputs: Path = rows, rate: float = 1.0) -> Path:
+        return training.checkpoint_folder("sft", [inputs], {"learning_rate": rate})
 
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "Watch", Stop)
-        with pytest.raises(KeyboardInterrupt):
-            _sft(tiny, facts, rows, tmp_path / "broken")
-    kept = list(Path(".checkpoints").glob("sft-*/checkpoint-*"))
-    assert [p.name for p in kept] == ["checkpoint-3"]
-    _sft(tiny, facts, rows, tmp_path / "resumed")
-    assert bytes_of(tmp_path / "resumed/adapter") == bytes_of(trained / "adapter")
-    assert bytes_of(tmp_path / "resumed/plots") == bytes_of(trained / "plots")
-
-
-def test_a_changed_parameter_has_other_checkpoints(rows: Path) -> None:
-    one = training.checkpoint_folder("sft", [rows], {"learning_rate": 1.0})
-    assert one == training.checkpoint_folder("sft", [rows], {"learning_rate": 1.0})
-    assert one != training.checkpoint_folder("sft", [rows], {"learning_rate": 2.0})
+    one = folder()
+    assert one == folder()
+    assert one != folder(rate=2.0)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(rows, moved)
+    assert one == folder(moved)
+    with (moved / "train.parquet").open("ab") as file:
+        file.write(b"x")
+    assert one != folder(moved)
+    (tmp_path / "models.py").write_text("x = 1\n")
+    with monkeypatch.context() as patch:  # an edit of the code
+        patch.setattr(models, "__file__", str(tmp_path / "models.py"))
+        assert one != folder()
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name == "trl" else version(name))
+    assert one != folder()
 
 
 def test_not_a_number_stops_with_the_usual_causes() -> None:
@@ -256,6 +260,153 @@ def test_dpo_leaves_only_the_adapter_trainable(tiny: Path, trained: Path, scored
     metrics = _dpo(tiny, trained / "adapter", scored, tmp_path / "one", num_train_epochs=1)
     adapter = models.load_adapter(models.load(tiny, None), trained / "adapter", trainable=True)
     assert metrics["trainable_parameters"] == sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+
+
+class Killed(BaseException):
+    """As a signal: nothing but the interpreter's own handlers see it."""
+
+
+class Kill(TrainerCallback):
+    """Ends the run after an optimizer step, before anything is logged, saved or evaluated."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise Killed
+
+
+def kill_at(patch: pytest.MonkeyPatch, step: int | None) -> None:
+    """None: when the training is over and its adapter is about to be written."""
+    if step is None:
+
+        def killed(*_: Any) -> None:
+            raise Killed
+
+        patch.setattr(models, "save_adapter", killed)
+    else:
+        given = training.early_stopping
+        patch.setattr(training, "early_stopping", lambda params: [*given(params), Kill(step)])
+
+
+def checkpoints() -> list[str]:
+    return sorted(p.name for p in Path(".checkpoints").glob("*/checkpoint-*"))
+
+
+# 12 rows in batches of 2: 6 steps an epoch, 2 epochs
+RANDOM = {"per_device_train_batch_size": 2, "logging_steps": 5}
+STEPS = RANDOM | {"save_strategy": "steps", "save_steps": 2}
+BEST = STEPS | {
+    "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss",
+    "greater_is_better": False, "early_stopping_patience": 2,
+}  # fmt: skip
+BY_LENGTH = {"train_sampling_strategy": "group_by_length"}  # of sft only; dpo's rows are shuffled
+WORSE = BEST | {"greater_is_better": True}  # the loss falls, so that the first one stays the best: it stops early
+
+
+@pytest.mark.parametrize(
+    ("stages", "params", "kills", "left"),
+    [
+        pytest.param("sft dpo", RANDOM, [9], "checkpoint-6", id="at the start of an epoch"),
+        pytest.param("sft dpo", STEPS, [5, 11], "checkpoint-10", id="twice, within an epoch, between two logs"),
+        pytest.param(
+            "sft",
+            STEPS | {"gradient_accumulation_steps": 2, "logging_steps": 1},
+            [5],
+            "checkpoint-4",
+            id="accumulating",
+        ),
+        pytest.param(
+            "sft", STEPS | {"save_steps": 3}, [8], "checkpoint-3", id="saved before the validation of its epoch"
+        ),
+        pytest.param("sft", STEPS | {"max_steps": 9}, [None], "checkpoint-8", id="saved before the last validation"),
+        pytest.param("sft dpo", BEST, [9], "checkpoint-8", id="the best is to be kept"),
+        pytest.param("sft", WORSE, [5], "checkpoint-4", id="patience half used up"),
+        pytest.param("sft dpo", WORSE, [None], "checkpoint-6", id="stopped early, nothing written"),
+    ],
+)
+def test_resumed_it_gives_the_same_bytes(
+    stages: str, params: dict[str, Any], kills: list[int | None], left: str, tiny: Path, facts: Path, rows: Path, trained: Path, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    dropout = {"lora_dropout": 0.2}  # draws from the random state at every step
+    shutil.copytree(trained / "adapter", tmp_path / "start")
+    config = json.loads((tmp_path / "start/adapter_config.json").read_text())
+    (tmp_path / "start/adapter_config.json").write_text(json.dumps(config | dropout))
+
+    def train(stage: str, out: Path) -> dict[str, Any]:
+        if stage == "sft":
+            return _sft(tiny, facts, rows, out, lora=LORA | dropout, params=BY_LENGTH | params)
+        return _dpo(tiny, tmp_path / "start", scored, out, **params)
+
+    for stage in stages.split():
+        whole = train(stage, tmp_path / stage / "whole")
+        for number, step in enumerate(kills):
+            with monkeypatch.context() as patch:
+                kill_at(patch, step)
+                with pytest.raises(Killed):
+                    train(stage, tmp_path / stage / f"broken-{number}")
+        assert left in checkpoints()
+        capfd.readouterr()
+        assert train(stage, tmp_path / stage / "resumed") == whole
+        assert f"/{left}\n" in capfd.readouterr().out
+        assert bytes_of(tmp_path / stage / "resumed") == bytes_of(tmp_path / stage / "whole")
+        assert not Path(".checkpoints").exists()
+
+
+def _checkpoint(folder: Path, step: int, best: str | None = None) -> Path:
+    """Whole, as `training.Checkpoints` leaves it, without a model."""
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    for name in ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
+        (path / name).write_bytes(f"{name} {step}".encode())
+    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.iterdir()}
+    (path / training.SEAL).write_text(json.dumps({"files": files, "best": best}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        pytest.param(lambda p: (p / training.SEAL).unlink(), id="killed while it was written"),
+        pytest.param(lambda p: (p / training.SEAL).write_text('{"files": {"optim'), id="torn seal"),
+        pytest.param(lambda p: (p / "trainer_state.json").write_text('{"epoch": 1.'), id="torn state"),
+        pytest.param(lambda p: os.truncate(p / "optimizer.pt", 0), id="empty after a power loss"),
+        pytest.param(lambda p: (p / "rng_state.pth").unlink(), id="missing file"),
+        pytest.param(lambda p: flip(p / "adapter_model.safetensors"), id="flipped bit"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_none(harm: Callable[[Path], object], tmp_path: Path) -> None:
+    _checkpoint(tmp_path, 9)
+    harm(_checkpoint(tmp_path, 10))
+    assert training.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    assert not (tmp_path / "checkpoint-10").exists()
+
+
+def test_a_checkpoint_whose_best_is_gone_is_none(tmp_path: Path) -> None:
+    """transformers would go on, and in the end keep the last weights instead."""
+    assert training.last_checkpoint(tmp_path) is None
+    best = _checkpoint(tmp_path, 2, best=str(tmp_path / "checkpoint-2"))
+    _checkpoint(tmp_path, 4, best=str(best))
+    assert training.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    flip(best / "adapter_model.safetensors")
+    assert training.last_checkpoint(tmp_path) is None
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def test_the_order_of_a_checkpoints_files_is_that_of_transformers_5_23() -> None:
+    """While trainer_state.json is written after the optimizer and neither atomically nor synced, `whole.json` is needed."""
+    source = inspect.getsource(Trainer._save_checkpoint)
+    order = ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state", "save_to_json", "rotate_checkpoints"]
+    assert sorted(order, key=source.index) == order
+    assert "fsync" not in inspect.getsource(TrainerState.save_to_json)
 
 
 def test_a_foreign_reference_is_refused(tiny: Path, facts: Path, rows: Path, scored: Path, tmp_path: Path) -> None:
