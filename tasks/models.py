@@ -58,6 +58,9 @@ def load(folder: Path, quantization: dict[str, Any] | None, attention: str = "sd
     Args:
         folder: output of `base` or `merge`.
         quantization: fields of `BitsAndBytesConfig`; None loads 16 bits (32 where the hardware has no 16).
+
+    Raises:
+        UserError: a file of weights is truncated, or missing.
     """
     dtype = compute_dtype()
     extra: dict[str, Any] = {}
@@ -66,6 +69,7 @@ def load(folder: Path, quantization: dict[str, Any] | None, attention: str = "sd
         if given.get("load_in_4bit"):
             given.setdefault("bnb_4bit_compute_dtype", dtype)
         extra["quantization_config"] = BitsAndBytesConfig(**given)
+    check_weights(folder)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(folder),
         dtype=dtype,
@@ -78,6 +82,32 @@ def load(folder: Path, quantization: dict[str, Any] | None, attention: str = "sd
     )
     keep_training_kernels(model)
     return model.eval()
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse safetensors that are not as long as their header says, before gigabytes of them are read.
+
+    Raises:
+        UserError: naming the file, what it should hold, and what to do.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    for path in sorted({folder / name for name in names} | set(folder.glob("*.safetensors"))):
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                size = path.stat().st_size
+                header = json.loads(file.read(length)) if length < size else {}
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            fault = None if 8 + length + end == size else f"{size:,} bytes, expected {8 + length + end:,}"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            fault = "its header can't be read"
+        except FileNotFoundError:
+            fault = f"missing, though {index.name} names it"
+        if fault:
+            raise UserError(
+                f"{path}: damaged or cut off: {fault}; remove it and run `dvc repro`, or `python -m flows.mend` if it comes back"
+            )
 
 
 def keep_training_kernels(model: nn.Module) -> int:
@@ -111,7 +141,12 @@ def new_adapter(model: PreTrainedModel, lora: dict[str, Any], seed: int) -> Peft
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool) -> PeftModel:
-    """`adapter` of `sft` or `dpo` on its base."""
+    """`adapter` of `sft` or `dpo` on its base.
+
+    Raises:
+        UserError: its file is truncated.
+    """
+    check_weights(adapter)
     adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, local_files_only=True)
     adapted.peft_config["default"].base_model_name_or_path = model.name_or_path  # where it is now
     adapter_float32(adapted)

@@ -7,25 +7,41 @@ so that `dvc.yaml` can be checked against signatures.
 """
 
 import argparse
-import ctypes
+import contextlib
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
 import inspect
 import json
 import os
 import platform
+import re
 import resource
+import shutil
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import yaml
+
+from tasks import die_with_parent
 from tasks import params as params_module
 from tasks.params import UserError
 
 # What a stage knows about the event beside its duration and memory, such as tokens per second.
 EVENT: dict[str, Any] = {}
+
+# Libraries whose version can change a byte of an output.
+LIBRARIES = (
+    "accelerate", "bitsandbytes", "datasets", "numpy", "peft", "polars", "safetensors", "tokenizers", "torch",
+    "transformers", "trl",
+)  # fmt: skip
+GRACE = 10.0  # seconds between SIGTERM and SIGKILL for a stage that was left behind
 
 # Nothing phones home and nothing asks a hub unless a source in params.yaml names one.
 QUIET = {
@@ -37,7 +53,10 @@ QUIET = {
 
 
 def main(run: Callable[..., str], argv: list[str] | None = None) -> None:
-    """Run a stage as a program; exit 1 with one line on the user's mistake, 130 and 143 on a signal."""
+    """Run a stage as a program; exit 1 with one line on the user's mistake, 130 and 143 on a signal.
+
+    Started by DVC, it first ends what a killed `dvc` left running of the same stage, and refuses damaged inputs.
+    """
     name = Path(inspect.getfile(run)).stem
     signature = inspect.signature(run)
     doc = sys.modules[run.__module__].__doc__ or ""
@@ -57,12 +76,16 @@ def main(run: Callable[..., str], argv: list[str] | None = None) -> None:
     )
     arguments = vars(parser.parse_args(argv))
     os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
-    _die_with_parent()
+    die_with_parent()
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)  # transformers to trl and peft
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.time()
     try:
+        under_dvc = os.environ.get("DVC_STAGE")
+        alone = _alone(under_dvc) if under_dvc else None
         every = params_module.load(arguments.pop("_params"))
+        if under_dvc:
+            check_inputs(under_dvc, [arguments[option] for option in paths])
         for option in paths:
             arguments[option].parent.mkdir(parents=True, exist_ok=True)
         chosen = {s: every[name if s == "params" else s] for s in sections}
@@ -71,12 +94,16 @@ def main(run: Callable[..., str], argv: list[str] | None = None) -> None:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:
-        if error.errno in (28, 30, 13):  # full, read-only, forbidden
-            sys.exit(f"{name}: {error.strerror}: {error.filename or 'an output'}; free or unlock it and run again")
-        raise
+    except Exception as error:
+        known = _machine(error, [arguments[option] for option in paths])
+        if known is None:
+            raise
+        sys.exit(f"{name}: {known}")
     seconds = time.time() - started
-    _record(name, arguments, seconds, summary)
+    with contextlib.suppress(OSError):  # a full disk now is DVC's to say
+        _record(name, arguments, seconds, summary)
+    if alone is not None:
+        alone.close()
     print(f"{name}: {summary} ({seconds:.0f} s, peak {peak_bytes() / 2**30:.2f} GiB)", flush=True)
 
 
@@ -85,10 +112,109 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this stage when `dvc` dies, which forwards no signal (dvc 3.67.1: TERM or KILL orphans it)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+_die_with_parent = die_with_parent
+
+
+def _machine(error: Exception, paths: list[Path]) -> str | None:
+    """One line on a failure that is the machine's: no memory, a full, read-only or forbidden disk. None: it is ours."""
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return "out of memory; the README's table says what to lower, in which order"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{error.strerror}: {error.filename or 'an output'}; free or unlock it and run again"
+    number = getattr(error, "errno", None)
+    words = re.search(r"No space left|os error 28|Disk quota|File too large|os error 27", str(error))
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or words:
+        return f"the disk is full: {' '.join(str(error).split())[:200]}; free some space and run again"
+    folders = {parent for path in paths for parent in path.absolute().parents if parent.is_dir()}
+    for folder in sorted(folders, key=lambda p: -len(p.parts)):  # torch.save says "unexpected pos" and no more
+        if shutil.disk_usage(folder).free < 2**20:
+            return f"the disk is full: less than 1 MiB is free in {folder}; free some space and run again"
+    return None
+
+
+def _alone(stage: str) -> IO[str]:
+    """Hold this stage's lock as long as the file returned is open, and end whoever has it.
+
+    DVC starts no stage that a living `dvc` runs, so that the holder was left behind by one that was killed: before it had
+    asked to die with it, or behind a shell that lives on. Two of them would write the same files at the same time.
+    """
+    path = Path(os.environ["DVC_ROOT"], ".dvc", "tmp", f"stage-{stage.replace('/', '_')}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = path.open("a+")
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if _locked(handle, 0):
+            break
+        handle.seek(0)
+        pid = handle.read()
+        if _runs(pid, stage):
+            print(f"note: ending process {pid}, which a killed dvc left running here", flush=True)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), number)
+        if _locked(handle, GRACE):
+            break
+    else:
+        raise UserError(f"{path}: process {pid} holds it and does not end; end it and run again")
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle
+
+
+def _locked(handle: IO[str], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.1)
+
+
+def _runs(pid: str, stage: str) -> bool:
+    """Whether this process is that stage, and not a later one of the same number."""
+    try:
+        return f"DVC_STAGE={stage}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+
+
+def check_inputs(stage: str, paths: list[Path]) -> None:
+    """Refuse inputs whose bytes are not those that their stage made, as `dvc.lock` recorded them.
+
+    DVC trusts its cache: a damaged file is copied from it and taken for the right one (docs/decisions/0008-damage.md).
+
+    Raises:
+        UserError: naming the input, the stage that made it, and what to do.
+    """
+    lock = Path("dvc.lock")
+    if not lock.is_file():
+        return
+    recorded = (yaml.load(lock.read_text(), yaml.CSafeLoader) or {}).get("stages") or {}
+    names = [path.as_posix() for path in paths]
+    for maker, entry in recorded.items():
+        for out in entry.get("outs", ()) if maker != stage else ():
+            path = out["path"]
+            if not any(f"{a}/".startswith(f"{b}/") for name in names for a, b in ((path, name), (name, path))):
+                continue
+            if Path(path).exists() and (found := hash_of(Path(path))) != out["md5"]:
+                raise UserError(
+                    f"{path} is not what `{maker}` made: dvc.lock says {out['md5']}, found {found}; if you did not change it, it is damaged: `python -m flows.mend` names the file and mends it"
+                )
+
+
+def hash_of(path: Path) -> str:
+    """MD5 of a file or a folder as DVC computes it, always from the bytes."""
+
+    def of(file: Path) -> str:
+        with file.open("rb") as handle:
+            return hashlib.file_digest(handle, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+    if path.is_file():
+        return of(path)
+    files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
+    listing = json.dumps([{"md5": of(file), "relpath": name} for name, file in files], sort_keys=True)
+    return f"{hashlib.md5(listing.encode(), usedforsecurity=False).hexdigest()}.dir"
 
 
 def _record(name: str, arguments: dict[str, Any], seconds: float, summary: str) -> None:
@@ -96,7 +222,7 @@ def _record(name: str, arguments: dict[str, Any], seconds: float, summary: str) 
     folder = Path("data") / name
     if not folder.is_dir():
         return
-    packages = {m: getattr(sys.modules.get(m), "__version__", None) for m in ("torch", "transformers", "trl", "peft")}
+    torch = sys.modules.get("torch")
     event = {
         "stage": name,
         "arguments": {key: str(value) for key, value in arguments.items()},
@@ -106,9 +232,21 @@ def _record(name: str, arguments: dict[str, Any], seconds: float, summary: str) 
         **EVENT,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "cpu": _cpu(),
         "cpus": os.cpu_count(),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "packages": {key: value for key, value in packages.items() if value},
+        "instruction_set": torch.backends.cpu.get_cpu_capability() if torch else None,
+        "threads": torch.get_num_threads() if torch else None,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else [],
+        "packages": {library: importlib.metadata.version(library) for library in LIBRARIES if library in sys.modules},
     }
     label = "".join(f".{value}" for value in arguments.values() if isinstance(value, str))
     (folder / f"event{label}.json").write_text(json.dumps(event, indent=2) + "\n")
+
+
+def _cpu() -> str:
+    """Its name, where the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
