@@ -14,3 +14,4 @@ def die_with_parent() -> None:
 
 if "DVC_STAGE" in os.environ:  # here, since what a stage imports first takes seconds, in which `dvc` may be killed too
     die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `stage.main` answers it: no traceback out of an import

@@ -79,6 +79,8 @@ def main(run: Callable[..., str], argv: list[str] | None = None) -> None:
     die_with_parent()
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)  # transformers to trl and peft
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see tasks/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     started = time.time()
     try:
         under_dvc = os.environ.get("DVC_STAGE")

@@ -1,7 +1,9 @@
 """How a stage starts and ends, and base and facts, as programs."""
 
+import importlib.metadata
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -9,7 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from tasks import stage
+from tasks.params import UserError
+from tests import small
 from tests.conftest import ROOT, make_tiny, run
 
 
@@ -158,6 +164,118 @@ def test_a_stage_dies_with_its_parent(tmp_path: Path) -> None:
 def test_no_telemetry_is_asked_for() -> None:
     code = "from tasks import stage; import os; os.environ.update(stage.QUIET); print(os.environ['HF_HUB_DISABLE_TELEMETRY'], os.environ['DO_NOT_TRACK'])"
     assert run([sys.executable, "-c", code], ROOT).stdout.split() == ["1", "1"]
-    config = (ROOT / ".dvc/config").read_text()
-    assert "analytics = false" in config
-    assert "check_update = false" in config
+
+
+def _slow(folder: Path, *, imports: float = 0.0) -> None:
+    """A stage of a DVC repository that says its number and then sleeps, after `imports` seconds before its `main`."""
+    (folder / "slow.py").write_text(
+        f"import os, sys, time\nfrom pathlib import Path\nimport tasks\nopen('importing', 'a').write(f'{{os.getpid()}} ')\n"
+        f"time.sleep({imports})\nfrom tasks import stage\n"
+        "def run(out: Path) -> str:\n    open('began', 'a').write(f'{os.getpid()} ')\n"
+        "    time.sleep(float(Path('seconds').read_text()))\n    out.write_text('done')\n    return ''\n"
+        "if __name__ == '__main__':\n    stage.main(run)\n"
+    )
+    (folder / "dvc.yaml").write_text("stages:\n  slow:\n    cmd: python slow.py --out o/out\n    outs: [o/out]\n")
+    (folder / "seconds").write_text("60")
+    run("git init -q -b main && dvc init -q && dvc config core.analytics false", folder)
+    _params(folder)
+
+
+def _numbers(path: Path, count: int) -> list[int]:
+    small.until(lambda: path.exists() and len(path.read_text().split()) >= count, what=f"no {path.name}")
+    return [int(number) for number in path.read_text().split()]
+
+
+def test_what_a_killed_dvc_left_running_is_ended_by_the_next(tmp_path: Path) -> None:
+    """A shell that stays between dvc and the stage hides dvc's death from it."""
+    _slow(tmp_path)
+    (tmp_path / "shell").write_text(
+        '#!/bin/bash\n# as fish does: no exec of the last command\n/bin/bash -c "${@: -1}"; exit $?\n'
+    )
+    (tmp_path / "shell").chmod(0o755)
+    first = small.start(["dvc", "repro"], tmp_path, SHELL=str(tmp_path / "shell"))
+    (left,) = _numbers(tmp_path / "began", 1)
+    first.kill()
+    first.wait()
+    first.stdout.close()
+    time.sleep(0.5)
+    assert small.alive(left)
+    (tmp_path / "seconds").write_text("0")
+    done = run("dvc repro", tmp_path, PYTHONPATH=str(ROOT))
+    assert f"note: ending process {left}, which a killed dvc left running here" in done.stdout
+    assert not small.alive(left)
+    assert (tmp_path / "o/out").read_text() == "done"
+
+
+def test_it_dies_with_dvc_while_it_still_imports(tmp_path: Path) -> None:
+    _slow(tmp_path, imports=30)
+    first = small.start(["dvc", "repro"], tmp_path)
+    (left,) = _numbers(tmp_path / "importing", 1)
+    first.kill()
+    first.wait()
+    first.stdout.close()
+    small.until(lambda: not small.alive(left), 5, "it was left behind")
+
+
+def test_an_interrupt_is_no_traceback(tmp_path: Path) -> None:
+    for imports, sign in ((30, "importing"), (0, "began")):
+        folder = tmp_path / sign
+        folder.mkdir()
+        _slow(folder, imports=imports)
+        process = small.start(["dvc", "repro"], folder)
+        (pid,) = _numbers(folder / sign, 1)
+        os.kill(pid, signal.SIGINT)
+        said = small.finish(process)
+        assert process.returncode != 0
+        assert "Traceback" not in said, said
+
+
+def test_inputs_must_be_what_their_stage_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stage.check_inputs("b", [Path("data/a/rows")])  # no dvc.lock yet
+    (tmp_path / "data/a/rows").mkdir(parents=True)
+    for name in ("x", "y"):
+        (tmp_path / "data/a/rows" / name).write_text(name)
+    run("git init -q && dvc init -q && dvc stage add -q -n a -o data/a/rows 'true' && dvc commit -q -f", tmp_path)
+    own = tmp_path / "data/b"
+    own.mkdir()
+    for given in ("data/a/rows", "data/a/rows/x", "data/a", "data/b/out"):
+        stage.check_inputs("b", [Path(given)])
+    (tmp_path / "data/a/rows/x").write_text("z")
+    stage.check_inputs("a", [Path("data/a/rows")])  # its own output, which it is about to write
+    stage.check_inputs("b", [Path("data/a/rowsets"), Path("data/b/out")])
+    for given in ("data/a/rows", "data/a/rows/y", "data/a"):
+        with pytest.raises(
+            UserError, match=r"^data/a/rows is not what `a` made: dvc.lock says \w+\.dir, found \w+\.dir; "
+        ):
+            stage.check_inputs("b", [Path(given)])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory; "),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "out of memory; "),
+        (OSError(28, "No space left on device", "x"), "the disk is full: [Errno 28] No space left on device: 'x'; "),
+        (ValueError("Error while serializing: I/O error: No space left on device (os error 28)"), "the disk is full: Error while"),
+        (OSError(30, "Read-only file system", "x"), "Read-only file system: x; free or unlock it"),
+        (PermissionError(13, "Permission denied", "x"), "Permission denied: x; free or unlock it"),
+        (FileNotFoundError(2, "No such file", "x"), None),
+        (RuntimeError("a fault of ours"), None),
+    ],
+)  # fmt: skip
+def test_what_is_the_machines_is_one_line(tmp_path: Path, error: Exception, said: str | None) -> None:
+    found = stage._machine(error, [tmp_path / "out"])
+    assert found == said or (found is not None and said is not None and found.startswith(said))
+
+
+def test_the_event_says_what_can_change_a_byte(tmp_path: Path) -> None:
+    make_tiny(tmp_path / "data/model/tiny")
+    _base(tmp_path, "data/model/tiny")
+    event = json.loads((tmp_path / "data/base/event.json").read_text())
+    assert event["packages"]["torch"] == importlib.metadata.version("torch")
+    assert {"transformers", "numpy", "tokenizers", "safetensors"} <= set(event["packages"])
+    assert event["threads"] == int(os.environ["OMP_NUM_THREADS"])
+    assert event["instruction_set"] == torch.backends.cpu.get_cpu_capability()
+    assert event["cpu"]
+    assert event["python"] == platform.python_version()

@@ -1,0 +1,216 @@
+"""Kills at random moments of every stage: the next `dvc repro` goes on by itself, to the bytes of an uninterrupted run.
+
+That run is the fixture's. This one is in another folder, with another language, time zone, home, umask and hash seed, and
+without a network: what of this changed a byte, or needed a route, would be seen here too.
+"""
+
+import itertools
+import os
+import queue
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from ruamel.yaml import YAML
+
+from tests.conftest import ORDER, ROOT, clone, edit, fork, run
+from tests.namespaces import no_network
+from tests.small import environment
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+# whom it hits, and how; `memory` is what no process survives for long: the kernel gives it no more
+WAYS = [
+    (whom, how)
+    for whom in ("stage", "dvc", "group")
+    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+] + [("stage", "memory")]  # fmt: skip
+# what a person would have to look into, or clear away by hand
+STUCK = ("Unable to acquire lock", "is busy", "Unexpected error", "JSON structure is corrupted")
+NO_MEMORY = ("MemoryError", "out of memory", "failed to map segment", "Cannot allocate memory", "can't allocate memory")
+CUT_OFF = ("dvc.lock' is invalid", "YAML file structure is corrupted")  # see tests/test_mend.py
+
+
+ELSEWHERE = {
+    "TZ": "Asia/Kathmandu", "LANG": "C", "LC_ALL": "C", "HOME": "/nonexistent", "PYTHONHASHSEED": "7", "PYTHONPATH": "",
+    "HF_HUB_OFFLINE": "0",
+}  # fmt: skip
+
+
+@dataclass
+class Repro:
+    """A `dvc repro` in a group of its own, whose output is read as it comes."""
+
+    repo: Path
+    lines: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.process = subprocess.Popen(
+            [*no_network(), "dvc", "repro"], cwd=self.repo, env=environment(**ELSEWHERE), stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, start_new_session=True, umask=0o077,
+        )  # fmt: skip
+        self.coming: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.coming.put(line)
+        self.coming.put(None)
+
+    def __iter__(self) -> Iterator[str]:
+        """Lines not read yet, until it and all that writes to the same pipe have ended."""
+        while (line := self.coming.get(timeout=300)) is not None:
+            self.lines.append(line)
+            yield line
+        self.coming.put(None)
+
+    def until_a_stage_starts(self) -> str | None:
+        """Its name; None when dvc has ended."""
+        return next((line.split("'")[1] for line in self if line.startswith("Running stage '")), None)
+
+    def hit(self, whom: str, how: signal.Signals | str) -> None:
+        """Also where there is no stage at this moment: then dvc is hashing, copying or writing, and is hit itself."""
+        try:
+            if whom == "group":
+                os.killpg(self.process.pid, how)
+                return
+            dvc = psutil.Process(self.process.pid)
+            found = [p for p in dvc.children(recursive=True) if any("tasks." in word for word in p.cmdline())]
+            target = found[-1] if whom == "stage" and found else dvc
+            if how == "memory":
+                resource.prlimit(target.pid, resource.RLIMIT_AS, (2**20, resource.RLIM_INFINITY))
+            else:
+                target.send_signal(how)
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            pass
+
+    def ended(self) -> bool:
+        """Whether it ends of this; not of an INT to dvc alone, which it ignores while a stage runs."""
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def output(self) -> str:
+        for _ in self:
+            pass
+        self.process.wait(60)
+        return "".join(self.lines)
+
+
+def soak(repo: Path, kills: dict[str, int], seed: int, longest: float) -> list[str]:
+    """Run the pipeline of `repo` to its end with `kills` of each stage within its first `longest` seconds; who was hit how.
+
+    A dvc.lock that was cut off is put right as `make run` does it; that is the one thing that a plain `dvc repro` stops at.
+    """
+    draw = random.Random(seed)
+    ways = itertools.cycle(draw.sample(WAYS, len(WAYS)))
+    left, done = dict(kills), []
+    while True:
+        repro = Repro(repo)
+        while (stage := repro.until_a_stage_starts()) is not None:
+            if not left.get(stage):
+                continue
+            left[stage] -= 1
+            whom, how = next(ways)
+            moment = draw.uniform(0, longest)
+            time.sleep(moment)
+            repro.hit(whom, how)
+            done.append(f"{stage}: {getattr(how, 'name', how)} to {whom} after {moment:.1f} s")
+            print(done[-1], flush=True)
+            if repro.ended():
+                break
+        output = repro.output()
+        assert not any(word in output for word in STUCK), f"{done[-2:]}\n{output}"
+        # Python's own start knows no better than a traceback
+        assert "Traceback" not in output or any(end in output for end in ("KeyboardInterrupt", *NO_MEMORY)), output
+        if repro.process.returncode == 0 and not any(left.values()):
+            return done
+        if any(word in output for word in CUT_OFF):
+            done.append("dvc.lock cut off")
+            print(done[-1], flush=True)
+            run([sys.executable, "-m", "flows.mend", "--quick"], repo)
+        assert len(done) <= 2 * sum(kills.values()), done
+
+
+def results(repo: Path) -> dict[str, bytes]:
+    """Every output of every stage, and dvc.lock; not what is about the event."""
+    files = (p for p in (repo / "data").rglob("*") if p.is_file() and not p.name.startswith("event"))
+    return {str(p.relative_to(repo)): p.read_bytes() for p in (*files, repo / "dvc.lock")}
+
+
+def forget(repo: Path) -> None:
+    """As if nothing had ever run."""
+    stages = YAML(typ="safe").load(repo / "dvc.lock")["stages"].values()
+    outs = [repo / out["path"] for stage in stages for out in stage["outs"]]
+    for path in (*outs, repo / ".dvc/cache", repo / "dvc.lock"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def check(repo: Path, wanted: dict[str, bytes]) -> None:
+    assert results(repo) == wanted
+    assert run("dvc status -q", repo, check=False).returncode == 0
+    assert run([sys.executable, "-m", "flows.mend"], repo).stdout == "mend: nothing is damaged\n"
+    assert not (repo / ".checkpoints").exists()
+    assert not list(_processes(repo))
+
+
+def _processes(repo: Path) -> Iterator[list[str]]:
+    """Whatever still works in this folder."""
+    for process in psutil.process_iter(["cwd", "cmdline"]):
+        if process.info["cwd"] == str(repo):
+            yield process.info["cmdline"]
+
+
+@pytest.mark.timeout(1800)
+def test_thirty_kills(pipeline: Path, tmp_path: Path) -> None:
+    repo = fork(pipeline, tmp_path / "repo")
+    wanted = results(repo)
+    forget(repo)
+    twice = dict.fromkeys(ORDER, 2)
+    done = soak(repo, twice | {"sft": 3, "dpo": 3}, seed=30, longest=2.5)
+    assert sum(" to " in line for line in done) == 30
+    check(repo, wanted)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("seed", range(int(os.environ.get("SOAK_ROUNDS", "5"))))
+def test_many_kills(pipeline: Path, tmp_path: Path, seed: int) -> None:
+    """With checkpoints every other step, so that trainings are resumed from everywhere."""
+    repo = fork(pipeline, tmp_path / "repo")
+    for section in ("sft", "dpo"):
+        for key, value in (("save_strategy", "steps"), ("save_steps", 2), ("load_best_model_at_end", False)):
+            edit(repo, section, key, value)
+    run("dvc repro", repo)
+    wanted = results(repo)
+    forget(repo)
+    soak(repo, dict.fromkeys(ORDER, 3) | {"sft": 8, "dpo": 8}, seed=seed, longest=8.0)
+    check(repo, wanted)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+@pytest.mark.skipif("SOAK_DEFAULT" not in os.environ, reason="SOAK_DEFAULT=1 runs the default model: over an hour")
+def test_the_default_model(tmp_path: Path) -> None:
+    """The repository's own run, whose dvc.lock is in git; kills within the first five minutes of each stage."""
+    repo = clone(tmp_path / "repo")
+    shutil.copy2(ROOT / "dvc.lock", repo / "dvc.lock")
+    run("git add -A && git -c user.name=t -c user.email=t@example.org commit -qm lock", repo)
+    run("dvc repro", repo)
+    wanted = results(repo)
+    forget(repo)
+    soak(repo, dict.fromkeys(ORDER, 2) | {"sft": 5, "dpo": 5}, seed=1, longest=300.0)
+    check(repo, wanted)
