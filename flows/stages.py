@@ -249,11 +249,11 @@ def execute(
         if done.code == 0:
             return Outcome("pulled", time.monotonic() - started)
         if TRANSIENT.search(done.output):
-            raise StageTransient(f"{name}: {_last_words(done.output)}")
+            raise StageTransient(f"{name}: {last_words(done.output)}")
         log("not on the remote; it will be run")
     done = dvc_command(repo, command, log, timeout, stop)
     if done.code != 0:
-        words = f"{name}: {_last_words(done.output)}"
+        words = f"{name}: {last_words(done.output)}"
         raise (StageTransient if TRANSIENT.search(done.output) else StageFailed)(words)
     did = read(done.output, name)
     if did in ("ran", "restored"):
@@ -411,8 +411,8 @@ class Lines:
 
 
 @contextlib.contextmanager
-def turn(repo: Path, log: Log, stop: threading.Event | None = None) -> Iterator[None]:
-    """One flow at a time in a workspace: the others wait. The kernel frees it, however the holder ends.
+def turn(repo: Path, log: Log, stop: threading.Event | None = None, name: str = "flow") -> Iterator[None]:
+    """One `name` at a time in a workspace: the others wait. The kernel frees it, however the holder ends.
 
     Raises:
         UserError: no DVC repository there.
@@ -422,7 +422,7 @@ def turn(repo: Path, log: Log, stop: threading.Event | None = None) -> Iterator[
         raise UserError(f"{repo}: no DVC repository here (no .dvc); run from the repository's top folder")
     folder = repo / ".dvc" / "tmp"
     folder.mkdir(exist_ok=True)
-    with (folder / "flow.lock").open("w") as handle:
+    with (folder / f"{name}.lock").open("w") as handle:
         said = False
         while True:
             try:
@@ -430,7 +430,7 @@ def turn(repo: Path, log: Log, stop: threading.Event | None = None) -> Iterator[
                 break
             except BlockingIOError:
                 if not said:
-                    log("another flow runs in this workspace: waiting for its end")
+                    log(f"another {name} runs in this workspace: waiting for its end")
                     said = True
                 if (stop or threading.Event()).wait(0.5):
                     raise Stopped from None
@@ -448,7 +448,7 @@ def metrics(repo: Path, paths: Sequence[str]) -> list[Metric]:
         else:
             shown = dvc.metrics.show(targets=wanted, revs=["HEAD", "workspace"], hide_workspace=False)
     old, new = (
-        {path: dict(_flat(found.get("data", {}))) for path, found in shown.get(rev, {}).get("data", {}).items()}
+        {path: dict(flat(found.get("data", {}))) for path, found in shown.get(rev, {}).get("data", {}).items()}
         for rev in ("HEAD", "workspace")
     )
     return [
@@ -458,10 +458,10 @@ def metrics(repo: Path, paths: Sequence[str]) -> list[Metric]:
     ]
 
 
-def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+            yield from flat(inner, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, value
 
@@ -734,7 +734,7 @@ def _drop_dead_holders(repo: Path) -> None:
             lock["read"] = {path: [h for h in holders if not gone(h)] for path, holders in lock["read"].items()}
 
 
-def _last_words(output: str) -> str:
+def last_words(output: str) -> str:
     """The line that says most about a failure: the last of the stage's own before DVC sums up."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     own = [

@@ -8,15 +8,12 @@ write its values into params.yaml and `dvc repro` restores it. An interrupted po
 """
 
 import argparse
-import contextlib
 import hashlib
 import itertools
 import json
 import math
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +23,7 @@ from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ruamel.yaml import YAML
 
-from flows import stages
+from flows import stages, worktrees
 from flows.pipeline import finish, pipeline
 from tasks import params
 from tasks.params import UserError
@@ -90,7 +87,7 @@ def sweep(parameters: SweepParameters = SweepParameters()) -> Any:  # noqa: B008
         label = ", ".join(f"{key}={value}" for key, value in point.items())
         logger.info("point %d of %d: %s", number, len(points), label)
         try:
-            with worktree(repo, point) as folder:
+            with worktrees.worktree(repo, _folder(repo, point), point) as folder:
                 run = pipeline.with_options(flow_run_name=label)
                 state: Any = run(repo=folder, targets=parameters.targets, pull=parameters.pull, return_state=True)
                 row: dict[str, Any] = dict(point) | figures(folder, parameters.metrics)
@@ -127,58 +124,15 @@ def expand(repo: Path, parameters: SweepParameters) -> list[dict[str, Value]]:
         if not any(name == target or name.startswith(f"{target}@") for name in planned):
             raise UserError(f"targets: {target}: no such stage in dvc.yaml")
     for point in points:
-        raw = YAML(typ="safe", pure=True).load(repo / "params.yaml")
-        _set(raw, point)
+        raw = worktrees.settings(repo)
+        worktrees.change(raw, point)
         params.check(raw)
     return points
 
 
-def _set(raw: Any, point: Mapping[str, Value]) -> None:
-    for key, value in point.items():
-        *parents, leaf = key.split(".")
-        node = raw
-        for parent in parents:
-            if not isinstance(node.get(parent), dict):
-                raise UserError(f"{key}: params.yaml has no section `{parent}`")
-            node = node[parent]
-        node[leaf] = value
-
-
-@contextlib.contextmanager
-def worktree(repo: Path, point: Mapping[str, Value]) -> Iterator[Path]:
-    """A checkout of HEAD with `point` in its params.yaml and this repository's DVC cache; it stays if the body fails.
-
-    Raises:
-        UserError: git or DVC refuses.
-    """
-    head = _run(["git", "rev-parse", "HEAD"], repo)
-    key = hashlib.sha256(json.dumps([head, dict(point)], sort_keys=True).encode()).hexdigest()[:16]
-    folder = repo / ".dvc" / "tmp" / "sweep" / key
-    _run(["git", "worktree", "prune"], repo)
-    if not (folder / ".git").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        _run(["git", "worktree", "add", "--detach", str(folder), head], repo)
-    cache = _run([sys.executable, "-m", "dvc", "cache", "dir"], repo)
-    local = repo / ".dvc" / "config.local"  # remotes and their credentials
-    if local.is_file():
-        shutil.copy2(local, folder / ".dvc" / "config.local")
-    _run([sys.executable, "-m", "dvc", "cache", "dir", "--local", cache], folder)
-    # what stages read but none makes; what is not in the cache here is what the pipeline makes or pulls
-    subprocess.run([sys.executable, "-m", "dvc", "checkout", "-q"], cwd=folder, capture_output=True)
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    raw = yaml.load(folder / "params.yaml")
-    _set(raw, point)
-    yaml.dump(raw, folder / "params.yaml")
-    yield folder
-    _run(["git", "worktree", "remove", "--force", str(folder)], repo)
-
-
-def _run(command: list[str], cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)  # noqa: S603  (git and dvc)
-    if done.returncode != 0:
-        raise UserError(f"{' '.join(command[-4:])}: {' '.join(done.stderr.split())[:300]}")
-    return done.stdout.strip()
+def _folder(repo: Path, point: Mapping[str, Value]) -> Path:
+    key = hashlib.sha256(json.dumps(dict(point), sort_keys=True).encode()).hexdigest()[:16]
+    return repo / ".dvc" / "tmp" / "sweep" / key
 
 
 def _column(metric: str) -> str:

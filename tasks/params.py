@@ -46,6 +46,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+AnySection = typing.TypeVar("AnySection", bound=Section)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -285,6 +286,15 @@ def load(path: Path = Path("params.yaml")) -> dict[str, Any]:
     Raises:
         UserError: naming the key, what was found and what was expected; all faults at once.
     """
+    return check(read(path), str(path))
+
+
+def read(path: Path) -> Any:
+    """The content of a YAML file, unchecked.
+
+    Raises:
+        UserError: no such file, or it is none.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
@@ -304,7 +314,7 @@ def load(path: Path = Path("params.yaml")) -> dict[str, Any]:
     # Needed while tests/test_corpus.py::test_yaml_still_passes_on_what_python_says passes.
     except (YAMLError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
-    return check(raw, str(path))
+    return raw
 
 
 def check(raw: object, name: str = "params.yaml") -> dict[str, Any]:
@@ -325,7 +335,7 @@ def check(raw: object, name: str = "params.yaml") -> dict[str, Any]:
     result["seed"] = seed
     for section, model in OWN.items():
         given = raw.get(section)
-        result[section] = _own(section, model, {} if given is None else given, faults)
+        result[section] = typed(section, model, {} if given is None else given, faults)
     for section in LIBRARY:
         result[section] = _library(section, raw.get(section), faults)
     if not faults:
@@ -353,7 +363,8 @@ def _nearest(key: str, known: typing.Iterable[str]) -> str:
     return f", did you mean `{close[0]}`?" if close else ""
 
 
-def _own(section: str, model: type[Section], given: object, faults: list[str]) -> Section | None:
+def typed(section: str, model: type[AnySection], given: object, faults: list[str]) -> AnySection | None:
+    """`given` as a `model`; what is wrong with it goes to `faults`, each with its key and the nearest valid one."""
     if not isinstance(given, dict):
         faults.append(f"{section}: expected keys, found {short(given)}")
         return None

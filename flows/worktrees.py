@@ -1,0 +1,90 @@
+"""HEAD with some parameters changed, in a git worktree of its own that shares this repository's DVC cache and run cache.
+
+`flows.sweep` and `flows.experiments` run their points in these. Why not DVC's queue: docs/decisions/0007-flow.md.
+"""
+
+import contextlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from tasks.params import UserError
+
+
+def settings(repo: Path) -> Any:
+    """params.yaml of HEAD, unchecked: what a point without any change runs with."""
+    return YAML(typ="safe", pure=True).load(command(["git", "show", "HEAD:params.yaml"], repo))
+
+
+def change(raw: Any, values: Mapping[str, Any]) -> None:
+    """Set dotted keys (`dpo.beta`, `ingest.sources.0.terms`, `quantization`) in the content of a params.yaml.
+
+    Raises:
+        UserError: naming the key that has no place there.
+    """
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        node = raw
+        for parent in parents:
+            place = _place(node, parent, key)
+            node = node.get(place) if isinstance(node, dict) else node[place]
+        node[_place(node, leaf, key)] = value
+
+
+def _place(node: Any, part: str, key: str) -> str | int:
+    if isinstance(node, dict):
+        return part
+    if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+        return int(part)
+    raise UserError(f"{key}: params.yaml has no section that holds `{part}`")
+
+
+@contextlib.contextmanager
+def worktree(repo: Path, folder: Path, values: Mapping[str, Any]) -> Iterator[Path]:
+    """A checkout of HEAD at `folder` with `values` in its params.yaml; it stays if the body fails, and is taken up again.
+
+    What was begun for another HEAD goes on too: a checkpoint is found only by a run with the same inputs.
+
+    Raises:
+        UserError: git or DVC refuses.
+    """
+    head = command(["git", "rev-parse", "HEAD"], repo)
+    command(["git", "worktree", "prune"], repo)
+    if not (folder / ".git").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        command(["git", "worktree", "add", "--detach", str(folder), head], repo)
+    elif command(["git", "rev-parse", "HEAD"], folder) != head:
+        command(["git", "checkout", "--force", "--detach", head], folder)
+        for event in folder.glob("data/*/event*.json"):  # of runs that dvc.lock no longer speaks of
+            event.unlink()
+    cache = command([sys.executable, "-m", "dvc", "cache", "dir"], repo)
+    local = repo / ".dvc" / "config.local"  # remotes and their credentials
+    if local.is_file():
+        shutil.copy2(local, folder / ".dvc" / "config.local")
+    command([sys.executable, "-m", "dvc", "cache", "dir", "--local", cache], folder)
+    # what stages read but none makes; what is not in the cache here is what the pipeline makes or pulls
+    subprocess.run([sys.executable, "-m", "dvc", "checkout", "-q"], cwd=folder, capture_output=True)
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    raw = yaml.load(folder / "params.yaml")
+    change(raw, values)
+    yaml.dump(raw, folder / "params.yaml")
+    yield folder
+    command(["git", "worktree", "remove", "--force", str(folder)], repo)
+
+
+def command(words: list[str], cwd: Path) -> str:
+    """What git or dvc prints.
+
+    Raises:
+        UserError: it refuses, in its own words.
+    """
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True)  # noqa: S603  (git and dvc)
+    if done.returncode != 0:
+        raise UserError(f"{' '.join(words[-4:])}: {' '.join(done.stderr.split())[:300]}")
+    return done.stdout.strip()
