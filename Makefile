@@ -6,10 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run flow ui retrain share diff bench system test lock clean
+.PHONY: help setup run flow ui retrain share diff experiments bench system test lock clean
 
 help: ## list these targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.lock-installed ## make .venv from requirements.lock
 
@@ -51,6 +51,9 @@ plan: setup ## what a run would do, how long it takes and whether it fits; runs 
 REV ?= HEAD
 diff: setup ## one page of what changed since REV=HEAD~1 (to TO=…, default: the workspace), in tmp/diff.html and tmp/diff.md
 	python -m flows.diff '$(REV)' $(if $(TO),'$(TO)')
+
+experiments: setup ## named experiments of experiments.yaml, to pages in docs/experiments: NAME=beta (default: all), WORKERS=1
+	python -m flows.experiments $(NAME) $(if $(WORKERS),--workers '$(WORKERS)')
 
 bench: setup ## what it costs where nothing is to be done, as ratios
 	python -m bench.noop

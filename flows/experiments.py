@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import copy
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -117,7 +118,7 @@ def points(repo: Path, name: str, experiment: Experiment) -> Arms:
         UserError: an arm that makes no valid params.yaml, no such target, or a figure or curve that no stage on the way
             to the targets makes.
     """
-    planned = stages.plan(repo, experiment.targets)
+    planned = _planned(repo, tuple(experiment.targets))
     made = [out for each in planned for out in each.outputs]
     figures = [path for each in planned for path in each.metrics]
     for metric in experiment.metrics:
@@ -146,6 +147,12 @@ def points(repo: Path, name: str, experiment: Experiment) -> Arms:
                 shared=_recipes(repo, planned, raw),
             )
     return found
+
+
+@functools.cache
+def _planned(repo: Path, targets: tuple[str, ...]) -> list[stages.Planned]:
+    """The stages on the way to `targets`: the graph, which does not change while this runs, not what is up to date."""
+    return stages.plan(repo, targets)
 
 
 def _at(raw: Any, key: str) -> Any:
@@ -273,7 +280,7 @@ def recorded(repo: Path, experiment: Experiment, arms: Arms) -> dict[str, dict[i
     Raises:
         UserError: a figure or a curve is not among what was kept.
     """
-    names = [each.name for each in stages.plan(repo, experiment.targets)]
+    names = [each.name for each in _planned(repo, tuple(experiment.targets))]
     found: dict[str, dict[int, Run]] = {}
     for label, seeds in arms.items():
         found[label] = {}

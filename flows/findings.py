@@ -264,7 +264,7 @@ def title(metric: str) -> str:
     if not file.endswith(".json"):
         return metric
     where = Path(file).stem if Path(file).stem != "metrics" else Path(file).parent.name
-    return f"{where}: {key.replace('_', ' ')}"
+    return f"{where}: {re.sub('[._]', ' ', key)}"
 
 
 def _value(metric: str, found: float) -> str:
@@ -274,11 +274,11 @@ def _value(metric: str, found: float) -> str:
     return compare.number(int(found) if found.is_integer() and abs(found) >= 10 else found)
 
 
-def _delta(metric: str, found: float) -> str:
+def _delta(metric: str, found: float, *, unit: bool = False) -> str:
     """A signed difference between means; of perplexities too, which are not on the scale of their items here."""
     known = measure(metric)
     if known and not known.key.endswith("perplexity"):
-        return compare.delta(known, found)
+        return compare.delta(known, found, unit=unit)
     return "0" if not found else f"{'+' if found > 0 else '−'}{compare.number(abs(found))}"
 
 
@@ -299,6 +299,10 @@ def _spread(metric: str, every: Mapping[int, Run]) -> str:
     if len(values) > 1:
         text += f" [{_value(metric, min(values))}, {_value(metric, max(values))}]"
     return text + few
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
 
 
 def _settings(values: Mapping[str, Any]) -> str:
@@ -325,7 +329,7 @@ def _differences(runs: Runs, found: Mapping[str, Sequence[Finding]]) -> list[str
                 "–" if f.low is None or f.high is None else f"[{_delta(f.metric, f.low)}, {_delta(f.metric, f.high)}]"
             )
             tested = f"n {f.paired.n}, p {compare.chance(f.paired.p_holm)}" if f.paired else "–"
-            rows.append([label, title(f.metric), _delta(f.metric, _mean(f.differences)), interval, str(len(f.differences)), tested, f.call])  # fmt: skip
+            rows.append([label, title(f.metric), _delta(f.metric, _mean(f.differences), unit=True), interval, str(len(f.differences)), tested, f.call])  # fmt: skip
     return [
         f"### Against {next(iter(runs))}",
         "Difference of the means; its 95 % interval over seeds (t, on the differences within each seed, not corrected for the "
@@ -350,7 +354,7 @@ def _cost(runs: Runs) -> list[str]:
     once = {(stage, cost.inputs): cost for every in runs.values() for run in every.values() for stage, cost in run.costs.items()}  # fmt: skip
     seconds = [cost.seconds for cost in once.values() if cost.seconds is not None]
     text = f"{len(once)} different stage runs are behind these figures; shared ones count once. "
-    text += f"{len(seconds)} of them were timed on this machine: {compare.number(math.fsum(seconds) / 60)} minutes in all. " if seconds else "None of them was timed on this machine. "  # fmt: skip
+    text += f"{len(seconds)} of them were timed on this machine: {_duration(math.fsum(seconds))} in all. " if seconds else "None of them was timed on this machine. "  # fmt: skip
     if len(seconds) < len(once):
         text += "The others came from the cache or went on from a checkpoint."
     table = [_table(["stages that differ", *runs], rows)] if rows else []
