@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run flow ui retrain share diff experiments bench system test lock clean
+.PHONY: help setup run flow ui retrain share plan diff experiments bench system test lock clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -44,7 +44,6 @@ retrain: setup ## fresh data, the pipeline, the gate, and a promotion or nothing
 share: setup ## set up the team's DVC remote: REMOTE=s3://… | ssh://… | /path, ENDPOINTURL= REGION= PROFILE= KEYFILE= USERNAME=
 	python -m flows.share $(if $(REMOTE),'$(REMOTE)') $(if $(ENDPOINTURL),--endpointurl '$(ENDPOINTURL)') $(if $(REGION),--region '$(REGION)') $(if $(PROFILE),--profile '$(PROFILE)') $(if $(KEYFILE),--keyfile '$(KEYFILE)') $(if $(USERNAME),--user '$(USERNAME)')
 
-.PHONY: plan
 plan: setup ## what a run would do, how long it takes and whether it fits; runs nothing. STAGE='dpo report' for some stages
 	@python -m flows.plan $(STAGE)
 

@@ -67,7 +67,7 @@ class Point:
     name: str  # of the DVC experiment
     values: Mapping[str, Any]  # what differs from HEAD
     targets: tuple[str, ...]
-    shared: frozenset[str]  # what it runs, by stage and settings, to be run by one point at a time
+    work: Mapping[str, str]  # stage → key of the stage and its settings, in the order in which they run
 
 
 Arms = dict[str, dict[int, Point]]  # label → seed → point
@@ -144,7 +144,7 @@ def points(repo: Path, name: str, experiment: Experiment) -> Arms:
                 name=f"{name}-{findings.slug(label)}-{seed}",
                 values={key: value for key, value in (values | {"seed": seed}).items() if _at(head, key) != value},
                 targets=tuple(experiment.targets),
-                shared=_recipes(repo, planned, raw),
+                work=_recipes(repo, planned, raw),
             )
     return found
 
@@ -165,15 +165,15 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _recipes(repo: Path, planned: Sequence[stages.Planned], raw: Mapping[str, Any]) -> frozenset[str]:
-    """One key for each stage, of its own settings and those of all that it reads from: the same key is the same work."""
+def _recipes(repo: Path, planned: Sequence[stages.Planned], raw: Mapping[str, Any]) -> dict[str, str]:
+    """Stage → a key of its own settings and those of all that it reads from: the same key is the same work."""
     graph = params.read(repo / "dvc.yaml")["stages"]
     keys: dict[str, str] = {}
     for each in planned:
         stage = graph.get(each.name.partition("@")[0], {})
         sections = {str(entry).partition(".")[0] for entry in stage.get("do", stage).get("params", [])}
         keys[each.name] = _hash([each.name, {s: raw.get(s) for s in sections}, [keys[up] for up in each.upstream]])
-    return frozenset(keys.values())
+    return keys
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -182,8 +182,7 @@ def _recipes(repo: Path, planned: Sequence[stages.Planned], raw: Mapping[str, An
 def run(repo: Path, wanted: Sequence[Point], workers: int, stop: threading.Event) -> dict[str, str]:
     """Bring all points up to date, `workers` side by side, and record them. Returns name → why, of those that failed.
 
-    Two points with a stage in common don't run at the same time before one of them has made it: the second one then has it
-    from the run cache.
+    A point that has a stage in common with one that runs waits until that one has made it, and then has it from the run cache.
     """
     waiting = list({point.key: point for point in reversed(wanted)}.values())[::-1]
     total, made, failed = len(waiting), set[str](), dict[str, str]()
@@ -192,16 +191,16 @@ def run(repo: Path, wanted: Sequence[Point], workers: int, stop: threading.Event
         try:
             while waiting or running:
                 for point in list(waiting):
-                    busy = {key for other in running.values() for key in other.shared} - made
-                    if len(running) < workers and not point.shared & busy:
+                    busy = {key for other in running.values() for key in other.work.values()} - made
+                    if len(running) < workers and busy.isdisjoint(point.work.values()):
                         waiting.remove(point)
                         _say(point, f"{total - len(waiting)} of {total}: {_values(point.values)}")
-                        running[pool.submit(_bring, repo, point, stop)] = point
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        running[pool.submit(_bring, repo, point, made, stop)] = point
+                for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
                     point = running.pop(future)
                     try:
                         future.result()
-                        made |= point.shared
+                        made.update(point.work.values())
                     except UserError as error:
                         failed[point.name] = str(error)
                         _say(point, f"failed: {error}")
@@ -221,13 +220,19 @@ def _say(point: Point, line: str) -> None:
 _git = threading.Lock()  # `git worktree` and `dvc exp save` write what all worktrees share
 
 
-def _bring(repo: Path, point: Point, stop: threading.Event) -> None:
+def _bring(repo: Path, point: Point, made: set[str], stop: threading.Event) -> None:
+    """Run a point and keep it; what it has behind it goes to `made`."""
+    order = list(point.work)
+
+    def log(line: str) -> None:
+        _say(point, line)
+        if (begun := re.match(r"Running stage '([^']+)':", line)) and begun[1] in order:
+            made.update(point.work[stage] for stage in order[: order.index(begun[1])])
+
     with contextlib.ExitStack() as held:
         with _git:
             folder = held.enter_context(worktrees.worktree(repo, repo / KEPT / "worktrees" / point.key, point.values))
-        done = stages.dvc_command(
-            folder, ["--wait-for-lock", "repro", *point.targets], lambda line: _say(point, line), stop=stop
-        )
+        done = stages.dvc_command(folder, ["--wait-for-lock", "repro", *point.targets], log, stop=stop)
         if done.code != 0:
             raise UserError(stages.last_words(done.output))
         planned = stages.plan(folder, point.targets)

@@ -118,6 +118,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "base": {"model": "data/model/tiny", "sha256": None},
     "sft": {"num_train_epochs": 1, "per_device_train_batch_size": 16, "logging_steps": 2},
     "dpo": {"num_train_epochs": 1, "per_device_train_batch_size": 16, "logging_steps": 2, "max_steps": 4},
+    "template": {"max_length": 512},  # its tokens are short; with some seeds a pair is longer than the default's limit
     "lora": {"r": 2, "lora_alpha": 4},
     "merge": {"max_kl": 5.0, "prompts": 8},
     "evaluate": {"limit": 4, "max_new_tokens": 8, "bootstrap": 100},
