@@ -89,6 +89,11 @@ def load(path: Path) -> dict[str, Experiment]:
             faults.append(f"{name}: expected a name of small letters, digits and dashes")
         if experiment and len({*experiment.seeds}) < len(experiment.seeds):
             faults.append(f"{name}.seeds: the same seed comes twice, found {experiment.seeds}")
+        if experiment and len({*map(findings.slug, experiment.arms)}) < len(experiment.arms):
+            faults.append(f"{name}.arms: labels that differ in letters or digits expected, found {[*experiment.arms]}")
+        for label, values in experiment.arms.items() if experiment else ():
+            if "seed" in values:
+                faults.append(f"{name}.arms.{label}.seed: not settable here, set {name}.seeds")
     if faults:
         raise UserError(f"{path}: " + "; ".join(faults))
     return {name: experiment for name, experiment in found.items() if experiment}

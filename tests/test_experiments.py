@@ -57,13 +57,15 @@ def definitions(tmp_path: Path) -> Callable[[str], Path]:
     [
         ("question:", "qestion:", "beta.qestion: unknown key, did you mean `question`?"),
         ("seeds: [42, 7]", "seeds: [42, 42]", "beta.seeds: the same seed comes twice"),
+        ("β 0.3: {dpo.beta: 0.3}", "α 0.1: {}", "beta.arms: labels that differ in letters or digits expected, found ['β 0.1', 'α 0.1']"),
+        ("{dpo.beta: 0.3}", "{seed: 1}", "beta.arms.β 0.3.seed: not settable here, set beta.seeds"),
         ("seeds: [42, 7]", "seeds: [-1]", "beta.seeds.0: input should be greater than or equal to 0, found -1"),
         ("seeds: [42, 7]", "seeds: 42", "beta.seeds: input should be a valid list, found 42"),
         ("data/dpo/metrics.json:loss_last", "loss_last", "beta.metrics.2: string should match pattern"),
         ("beta:\n", "Beta 1:\n", "Beta 1: expected a name of small letters, digits and dashes"),
         ("beta:\n", "beta: [\n", "not valid YAML"),
     ],
-)
+)  # fmt: skip
 def test_a_faulty_definition_is_refused(definitions: Callable[[str], Path], before: str, after: str, said: str) -> None:
     with pytest.raises(UserError) as error:
         experiments.load(definitions(BETA.replace(before, after)))
