@@ -243,10 +243,11 @@ def _bring(repo: Path, point: Point, made: set[str], stop: threading.Event) -> N
         planned = stages.plan(folder, point.targets)
         record(repo, folder, point, planned)
         with _git:
-            save = ["exp", "save", "--force", "--name", point.name, *point.targets]
-            saved = stages.dvc_command(folder, save, lambda _: None, stop=stop)
-            if saved.code != 0:  # it is recorded all the same
-                _say(point, f"not in `dvc exp show`: {stages.last_words(saved.output)}")
+            save = [sys.executable, "-m", "dvc", "exp", "save", "--force", "--name", point.name, *point.targets]
+            try:
+                worktrees.command(save, folder)
+            except UserError as error:  # without git's user.name, say; it is recorded all the same
+                _say(point, f"not in `dvc exp show`: {error}")
 
 
 # --- what is kept of a point -----------------------------------------------------------------------------------------
