@@ -141,6 +141,7 @@ class TestPoints:
 def repo(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = fork(pipeline, tmp_path_factory.mktemp("experiments") / "repo")
     (copy / "experiments.yaml").write_text(BETA)
+    run("git config user.name t && git config user.email t@example.org", copy)  # `dvc exp save` asks for them
     commit(copy, "experiment")
     return copy
 
