@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel, set_seed
 
-from tasks import fast
+from tasks import fast, weights
 from tasks.params import UserError
 
 
@@ -85,29 +85,20 @@ def load(folder: Path, quantization: dict[str, Any] | None, attention: str = "sd
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse safetensors that are not as long as their header says, before gigabytes of them are read.
+    """Refuse weights that are not what their header says, before gigabytes of them are read.
 
     Raises:
-        UserError: naming the file, what it should hold, and what to do.
+        UserError: naming the file, what is wrong, and what to do.
     """
     index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    for path in sorted({folder / name for name in names} | set(folder.glob("*.safetensors"))):
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                size = path.stat().st_size
-                header = json.loads(file.read(length)) if length < size else {}
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-            fault = None if 8 + length + end == size else f"{size:,} bytes, expected {8 + length + end:,}"
-        except (ValueError, KeyError, TypeError, AttributeError):
-            fault = "its header can't be read"
-        except FileNotFoundError:
-            fault = f"missing, though {index.name} names it"
-        if fault:
-            raise UserError(
-                f"{path}: damaged or cut off: {fault}; remove it and run `dvc repro`, or `python -m flows.mend` if it comes back"
-            )
+    try:
+        if index.is_file():
+            weights.sharded(index)
+        else:
+            for path in sorted(folder.glob("*.safetensors")):
+                weights.safetensors(path)
+    except UserError as error:
+        raise UserError(f"{error}; remove it and run `dvc repro`, or `python -m flows.mend` if it comes back") from None
 
 
 def keep_training_kernels(model: nn.Module) -> int:
@@ -165,10 +156,10 @@ def load_merged(
     if quantization is not None and onto_dequantized:
         quantized = load(base, quantization)
         with torch.no_grad():
-            weights = dict(original.named_parameters())
+            originals = dict(original.named_parameters())
             for name, module in quantized.named_modules():
                 if hasattr(getattr(module, "weight", None), "quant_state") or type(module).__name__ == "Linear8bitLt":
-                    weights[f"{name}.weight"].copy_(dequantized(module))
+                    originals[f"{name}.weight"].copy_(dequantized(module))
         del quantized
     dtype = original.dtype
     adapted = load_adapter(original.float(), adapter, trainable=False).float()

@@ -220,7 +220,10 @@ def hash_of(path: Path) -> str:
 
 
 def _record(name: str, arguments: dict[str, Any], seconds: float, summary: str) -> None:
-    """Facts about the event, beside the outputs and never within them: `data/<stage>/event.json`, not tracked."""
+    """Facts about the event, beside the outputs and never within them: `data/<stage>/event.json`, not tracked.
+
+    An instance of a `foreach` has one of its own: `event.base.json`.
+    """
     folder = Path("data") / name
     if not folder.is_dir():
         return
@@ -241,7 +244,8 @@ def _record(name: str, arguments: dict[str, Any], seconds: float, summary: str) 
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else [],
         "packages": {library: importlib.metadata.version(library) for library in LIBRARIES if library in sys.modules},
     }
-    label = "".join(f".{value}" for value in arguments.values() if isinstance(value, str))
+    instance = os.environ.get("DVC_STAGE", "").partition("@")[2]
+    label = "".join(f".{value}" for value in (instance, *arguments.values()) if value and isinstance(value, str))
     (folder / f"event{label}.json").write_text(json.dumps(event, indent=2) + "\n")
 
 

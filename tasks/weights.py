@@ -47,7 +47,7 @@ def check_folder(folder: Path) -> None:
     if (folder / "model.safetensors").exists():
         header = safetensors(folder / "model.safetensors")
     elif index.exists():
-        header = _sharded(index)
+        header = sharded(index)
     else:
         raise UserError(
             f"{folder}: expected model.safetensors or {index.name}; pickled weights (.bin, .pt) are never loaded"
@@ -76,7 +76,8 @@ def inside(path: Path, root: Path) -> None:
             raise UserError(f"{file} leads out of {root}, so that a change would go unseen")
 
 
-def _sharded(index: Path) -> Header:
+def sharded(index: Path) -> Header:
+    """The headers of all files that an index names, each as `safetensors` gives it. Raises: UserError"""
     names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index}: expected a weight_map of tensors to files")
