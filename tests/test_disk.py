@@ -1,8 +1,6 @@
 """A disk that is full, read-only or failing: named in one line, with what to do, and never the start of a wrong result."""
 
 import os
-import shlex
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -123,22 +121,14 @@ def test_a_damaged_input_is_named_and_not_used(repo: Path, tmp_path: Path) -> No
         assert (here / path).read_bytes() == (repo / path).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("path", "command"),
-    [
-        ("data/base/model/model.safetensors", None),
-        ("data/dpo/adapter/adapter_model.safetensors", None),
-        ("data/merge/model/model.safetensors", "python -m tasks.chat data/merge/model --ask x --max-new-tokens 2"),
-    ],
-)
-def test_weights_that_are_cut_off(repo: Path, tmp_path: Path, path: str, command: str | None) -> None:
+@pytest.mark.parametrize("path", ["data/base/model/model.safetensors", "data/dpo/adapter/adapter_model.safetensors"])
+def test_weights_that_are_cut_off(repo: Path, tmp_path: Path, path: str) -> None:
     """By hand, without DVC, which would see it."""
     here = fork(repo, tmp_path / "repo")
     os.truncate(here / path, size_of(here / path) - 100)
-    done = run(shlex.split(command or stage_of(here, "merge")["cmd"]), here, check=False)
+    done = run(stage_of(here, "merge")["cmd"], here, check=False)
     assert done.returncode == 1
     last = done.stdout.strip().splitlines()[-1]
     assert path in last
     assert ": cut off, or not what it says; remove it and run `dvc repro`" in last
     assert "Traceback" not in done.stdout
-    shutil.rmtree(here)
