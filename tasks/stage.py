@@ -114,9 +114,6 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-_die_with_parent = die_with_parent
-
-
 def _machine(error: Exception, paths: list[Path]) -> str | None:
     """One line on a failure that is the machine's: no memory, a full, read-only or forbidden disk. None: it is ours."""
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):

@@ -38,8 +38,8 @@ stages:
 SLOW = """\
 import json, os, subprocess, sys, time
 from pathlib import Path
-from tasks.stage import _die_with_parent
-_die_with_parent()
+from tasks import die_with_parent
+die_with_parent()
 open("log", "a").write("slow\\n")
 began = time.time()
 child = subprocess.Popen(["sleep", "300"]) if os.environ.get("GRANDCHILD") else None
