@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup run flow ui retrain share plan diff experiments bench system test lock clean
+.PHONY: help setup run flow ui retrain share plan diff experiments bench system test soak audit mend lock clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -28,6 +28,7 @@ lock: ## resolve pyproject.toml into requirements.lock again
 	$(BIN)/uv pip compile --quiet pyproject.toml -o requirements.lock
 
 run: setup ## run the pipeline to data/report/report.html
+	python -m flows.mend --quick
 	python -m tasks.params
 	dvc repro
 
@@ -72,6 +73,17 @@ system:
 
 test: setup system ## format check, lint, types and the whole test suite
 	python -m pytest -n 2 --dist loadfile
+
+soak: setup ## kill the pipeline at random moments, for about half an hour: SOAK_ROUNDS=5; docs/soak.md
+	python -m pytest -m soak tests/test_soak.py -s
+
+audit: setup ## ask a database on the network whether a fault is known in what the lock pins
+	$(PYTHON) -m venv tmp/audit
+	tmp/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	tmp/audit/bin/pip-audit --no-deps --require-hashes -r requirements.lock; status=$$?; rm -rf tmp/audit; exit $$status
+
+mend: setup ## find what a kill or a bad disk damaged of DVC's files, in workspace and cache, and put it right
+	python -m flows.mend
 
 clean: ## remove the environment
 	rm -rf $(VENV)

@@ -40,7 +40,8 @@ def run(
         for part in ("train", "validation")
     }
     given = training.arguments(params, seed, folder, bool(len(parts["validation"])))
-    config = DPOConfig(**given, max_length=None, precompute_ref_log_probs=True, remove_unused_columns=True)
+    given |= {"max_length": None, "precompute_ref_log_probs": True, "remove_unused_columns": True}
+    config = training.config(DPOConfig, "dpo", given)
     longest = max(len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in table)
     models.seed_everything(seed)
     model = models.load_adapter(models.load(base, quantization, models.attention(longest)), adapter, trainable=True)

@@ -95,7 +95,10 @@ def check_weights(folder: Path) -> None:
         if index.is_file():
             weights.sharded(index)
         else:
-            for path in sorted(folder.glob("*.safetensors")):
+            files = sorted(folder.glob("*.safetensors"))
+            if not files:  # peft and transformers would fall back to a pickle
+                raise UserError(f"{folder}: expected a .safetensors file; pickled weights (.bin, .pt) are never loaded")
+            for path in files:
                 weights.safetensors(path)
     except UserError as error:
         raise UserError(f"{error}; remove it and run `dvc repro`, or `python -m flows.mend` if it comes back") from None

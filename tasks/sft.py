@@ -32,9 +32,8 @@ def run(
         str(rows / "validation.parquet"), cache_dir=str(folder / "cache"), keep_in_memory=True
     )
     given = training.arguments(params, seed, folder, bool(len(validation)))
-    config = SFTConfig(
-        **given, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=True
-    )
+    given |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": True}
+    config = training.config(SFTConfig, "sft", given)
     longest = max(len(ids) for part in (train, validation) for ids in part["input_ids"])
     tokenizer = chat.load_tokenizer(base)
     model = models.new_adapter(models.load(base, quantization, models.attention(longest)), lora, seed)

@@ -111,6 +111,9 @@ def main(run: Callable[..., str], argv: list[str] | None = None) -> None:
 
 def peak_bytes() -> int:
     """Highest resident memory of this process so far, in bytes."""
+    with contextlib.suppress(OSError, StopIteration):  # ru_maxrss begins with what the parent had before the exec
+        status = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in status if line.startswith("VmHWM:")).split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -11,9 +11,9 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from tasks import fast, models, stage
 from tasks.params import ADDED, UserError
 
+Config = TypeVar("Config")
 CHECKPOINTS = Path(".checkpoints")
 SEAL = "whole.json"  # of a checkpoint, written last
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
@@ -62,6 +63,18 @@ def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -
         "dataloader_pin_memory": kind == "cuda",
         "save_only_model": False,
     }
+
+
+def config(kind: Callable[..., Config], section: str, given: dict[str, Any]) -> Config:
+    """`kind(**given)`: a value that the library itself refuses is the user's mistake.
+
+    Raises:
+        UserError: naming the section, in the library's words.
+    """
+    try:
+        return kind(**given)
+    except ValueError as error:
+        raise UserError(f"params.yaml: {section}: {' '.join(str(error).split())[:300]}") from None
 
 
 def checkpoint_folder(name: str, inputs: Iterable[Path], settings: dict[str, Any]) -> Path:

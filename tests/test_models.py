@@ -157,3 +157,14 @@ def test_device_and_precision_follow_the_hardware(monkeypatch: pytest.MonkeyPatc
     assert models.device().type == "cuda"
     assert models.compute_dtype() == torch.float16
     assert models.attention(100) == "sdpa"
+
+
+def test_an_adapter_that_is_a_pickle_is_refused(tiny: Path, tmp_path: Path) -> None:
+    """peft 0.21.2 reads adapter_model.bin where there is no safetensors file."""
+    adapter = tmp_path / "adapter"
+    models.save_adapter(models.new_adapter(models.load(tiny, None), LORA, 0), adapter)
+    models.load_adapter(models.load(tiny, None), adapter, trainable=False)
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({}, adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"expected a \.safetensors file"):
+        models.load_adapter(models.load(tiny, None), adapter, trainable=False)

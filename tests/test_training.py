@@ -492,3 +492,17 @@ def test_kl_of_a_distribution_to_itself_is_zero() -> None:
     assert merge.compare(some, some) == {"kl": 0.0, "top1": 1.0}
     wanted = torch.nn.functional.kl_div(other[0], some[0], log_target=True, reduction="batchmean")
     assert merge.compare(some, other)["kl"] == pytest.approx(float(wanted), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "section", "given", "said"),
+    [
+        ("SFTConfig", "sft", {"optim": "adamm"}, "sft: adamm is not a valid OptimizerNames"),
+        ("DPOConfig", "dpo", {"eval_strategy": "never"}, "dpo: never is not a valid IntervalStrategy"),
+    ],
+)
+def test_what_the_library_refuses_is_one_line(kind: str, section: str, given: dict[str, str], said: str) -> None:
+    import trl
+
+    with pytest.raises(UserError, match=said):
+        training.config(getattr(trl, kind), section, given | {"output_dir": "out", "use_cpu": True})
