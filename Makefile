@@ -4,6 +4,11 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+# nothing phones home
+export DO_NOT_TRACK := 1
+export ITERATIVE_DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup run flow ui retrain share plan diff experiments bench system test soak audit mend lock clean
@@ -80,7 +85,7 @@ soak: setup ## kill the pipeline at random moments, for about half an hour: SOAK
 audit: setup ## ask a database on the network whether a fault is known in what the lock pins
 	$(PYTHON) -m venv tmp/audit
 	tmp/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
-	tmp/audit/bin/pip-audit --no-deps --require-hashes -r requirements.lock; status=$$?; rm -rf tmp/audit; exit $$status
+	tmp/audit/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock; status=$$?; rm -rf tmp/audit; exit $$status
 
 mend: setup ## find what a kill or a bad disk damaged of DVC's files, in workspace and cache, and put it right
 	python -m flows.mend

@@ -112,7 +112,7 @@ def _holders(repo: Path) -> Iterator[str]:
         path.unlink()
         yield f"{path.relative_to(repo)} was cut off: removed, nobody holds anything"
         return
-    stages._drop_dead_holders(repo)
+    stages.drop_dead_holders(repo)
     if json.loads(path.read_text()) != before and (before.get("write") or before.get("read")):
         yield f"{path.relative_to(repo)} named processes that are gone: removed from it"
 

@@ -43,7 +43,7 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from flows import stages
+from flows import mend, stages
 from flows.stages import Outcome, Planned, Stopped
 from tasks.params import UserError
 
@@ -130,7 +130,7 @@ def pipeline(
     futures: dict[str, PrefectFuture[Any]] = {}
     try:
         with stages.turn(root, logger.info, stop):
-            planned = stages.plan(root, targets)
+            planned = _plan(root, targets, logger)
             for each in planned:
                 futures[each.name] = run_stage.with_options(name=each.name, task_run_name=each.name).submit(
                     each, [futures[name] for name in each.upstream], root, pull, timeout, gpu, stop
@@ -152,6 +152,19 @@ def pipeline(
     counts = {said: sum(o.did == did for o in results.values()) for did, said in stages.SAID.items()}
     message = ", ".join(f"{count} {said}" for said, count in counts.items() if count) or "no stages"
     return Completed(message=message, data=results)
+
+
+def _plan(root: Path, targets: list[str] | None, logger: Any) -> list[Planned]:
+    """The graph; what a kill left cut off of DVC's own files is put right first, if it is that what stops DVC."""
+    try:
+        return stages.plan(root, targets)
+    except UserError:
+        mended = 0
+        with contextlib.suppress(UserError):
+            mended = mend.mend(root, logger.info, quick=True)
+        if not mended:
+            raise
+    return stages.plan(root, targets)
 
 
 def _wait(futures: dict[str, PrefectFuture[Any]], stop: threading.Event) -> dict[str, State[Any]]:

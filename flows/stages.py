@@ -298,7 +298,7 @@ def dvc_command(
         done = guarded([sys.executable, "-m", "dvc", *arguments], repo, log, timeout, stop)
         if done.code == 0 or "Running stage '" in done.output or not BUSY.search(done.output):
             return done
-        _drop_dead_holders(repo)
+        drop_dead_holders(repo)
         if not said:
             log("another dvc works on this: waiting for it")
             said = True
@@ -712,7 +712,7 @@ def _check_inputs(repo: Path, name: str, before: _Inputs) -> None:
     raise StageFailed(f"{name}: {', '.join(edited)} was edited while it ran; nothing was recorded, start it again")
 
 
-def _drop_dead_holders(repo: Path) -> None:
+def drop_dead_holders(repo: Path) -> None:
     """Take processes that are gone out of DVC's list of who reads and writes what.
 
     DVC asks only whether a process of that number exists. After a restart of a container another one often has it.

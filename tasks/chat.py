@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import params
+from tasks import params, weights
 from tasks.params import UserError
 
 if TYPE_CHECKING:
@@ -224,8 +224,11 @@ def _load(folder: Path) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: no model there; run `dvc repro` or `dvc pull` first")
     adapter = (folder / "adapter_config.json").is_file()
-    if not list(folder.glob("adapter_model.safetensors" if adapter else "*.safetensors")):
+    files = list(folder.glob("adapter_model.safetensors" if adapter else "*.safetensors"))
+    if not files:
         raise UserError(f"{folder}: no weights as safetensors; pickled ones (.bin, .pt) are never loaded")
+    for file in files:
+        weights.safetensors(file)
     where = {
         "local_files_only": True, "trust_remote_code": False, "use_safetensors": True, "dtype": torch.bfloat16,
     }  # fmt: skip

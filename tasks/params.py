@@ -498,6 +498,13 @@ def _combinations(params: dict[str, Any], faults: list[str]) -> None:
             need(section, key, given.get(key, 1) >= 1, "an integer ≥ 1")
         if given.get("load_best_model_at_end") and given.get("eval_strategy", "no") == "no":
             faults.append(f"{section}.load_best_model_at_end: needs {section}.eval_strategy other than `no`")
+    # transformers' sampler asks for input_ids, which a pair does not have
+    need(
+        "dpo",
+        "train_sampling_strategy",
+        params["dpo"].get("train_sampling_strategy") != "group_by_length",
+        "`random` or `sequential`",
+    )
     need("dpo", "beta", params["dpo"].get("beta", 0.1) > 0, "a number > 0")
     loss_type, weights = params["dpo"].get("loss_type"), params["dpo"].get("loss_weights")
     if weights is not None and (not isinstance(loss_type, list) or len(weights) != len(loss_type)):
