@@ -203,6 +203,8 @@ def _dvc(repo: Path, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
     done = subprocess.run(command, cwd=repo, capture_output=True, text=True, stdin=subprocess.DEVNULL)  # noqa: S603
     if done.returncode:
+        if "is busy, it is being blocked by" in done.stderr:
+            raise UserError("another dvc works in this folder: wait for its end, or compare two revisions")
         errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
         raise UserError(f"dvc {' '.join(arguments[:2])}: {errors[0] if errors else 'failed'}")
     found: dict[str, Any] = json.loads(done.stdout or "{}")
