@@ -296,7 +296,9 @@ def _metrics_artifact(root: Path, planned: Planned) -> None:
 
 
 def _report_artifact(root: Path, planned: Sequence[Planned]) -> None:
-    for path in (out for each in planned if each.name == "report" for out in each.outputs if out.endswith(".md")):
+    for path in (
+        out for each in planned if each.name == "report" for out in each.outputs if Path(out).name == "report.md"
+    ):
         create_markdown_artifact(
             (root / path).read_text(encoding="utf-8"), key="report", description="The report of this run"
         )

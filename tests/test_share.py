@@ -191,11 +191,10 @@ def test_the_whole_story_over_s3(pipeline: Path, s3: str, tmp_path: Path) -> Non
     ):
         assert (a / name).read_bytes() == (b / name).read_bytes()
         assert (a / name).read_bytes() != (pipeline / name).read_bytes()
-    # and back: what B never ran comes out of the run cache that A pushed
+    # but what only the run cache knows does not come back: dvc 3.67.1 pushes no objects of `cache: false` outputs, such as
+    # metrics. If this fails one day, docs/share.md has an exception less.
     edit(b, "dpo", "beta", 0.3)
-    back = run("dvc repro", b).stdout
-    assert ran(back) == []
-    assert back.count("is cached - skipping run") == 4
+    assert ran(run("dvc repro --pull", b, **ALONE).stdout)[0] == "dpo"
 
 
 def stat_of(path: Path) -> int:

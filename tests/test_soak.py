@@ -37,7 +37,10 @@ WAYS = [
 ] + [("stage", "memory")]  # fmt: skip
 # what a person would have to look into, or clear away by hand
 STUCK = ("Unable to acquire lock", "is busy", "Unexpected error", "JSON structure is corrupted")
-NO_MEMORY = ("MemoryError", "out of memory", "failed to map segment", "Cannot allocate memory", "can't allocate memory")
+NO_MEMORY = (
+    "MemoryError", "out of memory", "failed to map segment", "Cannot allocate memory", "can't allocate memory",
+    "SystemError: error return without exception set",
+)  # fmt: skip
 CUT_OFF = ("dvc.lock' is invalid", "YAML file structure is corrupted")  # see tests/test_mend.py
 
 
