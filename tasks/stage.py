@@ -78,7 +78,8 @@ def main(run: Callable[..., str], argv: list[str] | None = None) -> None:
     os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
     die_with_parent()
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)  # transformers to trl and peft
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # at once: Python swallows an exception that is raised within a destructor, and the stage would run on
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see tasks/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     started = time.time()

@@ -279,3 +279,27 @@ def test_the_event_says_what_can_change_a_byte(tmp_path: Path) -> None:
     assert event["instruction_set"] == torch.backends.cpu.get_cpu_capability()
     assert event["cpu"]
     assert event["python"] == platform.python_version()
+
+
+def test_sigterm_ends_it_within_a_destructor_too(tmp_path: Path) -> None:
+    """Found by `make soak`: SystemExit raised in the end of a progress bar's generator was ignored, and the stage ran on."""
+    (tmp_path / "probe.py").write_text(
+        "import os, signal, time\n"
+        "from pathlib import Path\n"
+        "from tasks import stage\n"
+        "class Bar:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0.1)\n"
+        "def run(out: Path) -> str:\n"
+        "    bar = Bar()\n"
+        "    del bar\n"
+        "    out.write_text('it ran on')\n"
+        "    return 'it ran on'\n"
+        "if __name__ == '__main__':\n"
+        "    stage.main(run)\n"
+    )
+    command = [sys.executable, "probe.py", "--out", "out", "--params", str(ROOT / "params.yaml")]
+    done = run(command, tmp_path, check=False, PYTHONPATH=str(ROOT))
+    assert (done.returncode, done.stdout) == (143, "")
+    assert not (tmp_path / "out").exists()
