@@ -27,6 +27,7 @@ from typing import Any
 
 import mistune
 
+from flows.stages import flat
 from tasks import chart, compare, params
 from tasks.compare import BINARY, MEASURES, SIGNS, Difference, Item, Measure
 from tasks.params import Report, UserError
@@ -312,18 +313,10 @@ def _moved_files(old: Mapping[str, Any], new: Mapping[str, Any], kind: str) -> l
 
 def _moved_params(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     first, second = (
-        {key: value for file in (stage.get("params") or {}).values() for key, value in _flat(file)}
+        {key: value for file in (stage.get("params") or {}).values() for key, value in flat(file)}
         for stage in (old, new)
     )
     return [key for key in sorted(first.keys() | second.keys()) if first.get(key) != second.get(key)]
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree
 
 
 def _ruler(changed: Sequence[Stage]) -> list[str]:

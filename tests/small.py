@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, commit, run
 
 GRAPH = """\
 stages:
@@ -74,6 +74,15 @@ def make(folder: Path) -> Path:
     (folder / ".gitignore").write_text("log\n*.times\npids\ncheckpoint\n__pycache__/\n")
     run("git add -A && git -c user.name=t -c user.email=t@example.org commit -qm one", folder)
     return folder
+
+
+def ran(folder: Path) -> Path:
+    """The repository in which all ran, committed."""
+    repo = make(folder)
+    run("dvc repro", repo, PYTHONPATH=str(ROOT))
+    commit(repo, "ran")
+    (repo / "log").unlink()
+    return repo
 
 
 def log(repo: Path) -> list[str]:

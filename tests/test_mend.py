@@ -13,7 +13,7 @@ from dvc.utils.serialize import _common
 from flows import mend
 from tasks.params import UserError
 from tests import small
-from tests.conftest import ROOT, commit, fork, run
+from tests.conftest import ROOT, fork, run
 from tests.test_training import flip
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -22,11 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small repository in which all ran, committed; a change that was undone since is in its run cache."""
-    repo = small.make(tmp_path_factory.mktemp("mend") / "repo")
-    run("dvc repro", repo, PYTHONPATH=str(ROOT))
-    commit(repo, "ran")
-    (repo / "log").unlink()
-    return repo
+    return small.ran(tmp_path_factory.mktemp("mend") / "repo")
 
 
 @pytest.fixture

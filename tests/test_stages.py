@@ -25,14 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small repository in which all ran, committed."""
-    repo = small.make(tmp_path_factory.mktemp("small") / "repo")
-    run(
-        "dvc repro && git add -A && git -c user.name=t -c user.email=t@example.org commit -qm ran",
-        repo,
-        PYTHONPATH=str(ROOT),
-    )
-    (repo / "log").unlink()
-    return repo
+    return small.ran(tmp_path_factory.mktemp("small") / "repo")
 
 
 @pytest.fixture

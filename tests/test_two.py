@@ -16,11 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    repo = small.make(tmp_path_factory.mktemp("two") / "repo")
-    run("dvc repro", repo, PYTHONPATH=str(ROOT))
-    commit(repo, "ran")
-    (repo / "log").unlink()
-    return repo
+    return small.ran(tmp_path_factory.mktemp("two") / "repo")
 
 
 @pytest.fixture
