@@ -2,8 +2,11 @@
 
 import ctypes
 import os
+import select
 import signal
 import sys
+import threading
+from pathlib import Path
 
 
 def die_with_parent() -> None:
@@ -12,6 +15,29 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-if "DVC_STAGE" in os.environ:  # here, since what a stage imports first takes seconds, in which `dvc` may be killed too
+def die_with_dvc() -> None:
+    """The same where a shell stays between `dvc` and the stage, as dash does, which is /bin/sh on Debian: no $SHELL, no exec.
+
+    That shell outlives `dvc`, and waits for the stage. `dvc` is the nearest ancestor without the environment that it gave it.
+    """
     die_with_parent()
+    try:
+        above = os.getppid()
+        while b"DVC_STAGE=" in Path(f"/proc/{above}/environ").read_bytes():
+            above = int(Path(f"/proc/{above}/stat").read_text().rpartition(")")[2].split()[1])
+        if above == os.getppid():
+            return  # it is the parent
+        ended = os.pidfd_open(above)
+    except (OSError, AttributeError):  # not Linux, or it is gone already: `stage.main` of the next one ends this
+        return
+
+    def wait() -> None:
+        select.select([ended], [], [])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="die_with_dvc", daemon=True).start()
+
+
+if "DVC_STAGE" in os.environ:  # here, since what a stage imports first takes seconds, in which `dvc` may be killed too
+    die_with_dvc()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `stage.main` answers it: no traceback out of an import

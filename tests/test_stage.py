@@ -187,10 +187,11 @@ def _numbers(path: Path, count: int) -> list[int]:
 
 
 def test_what_a_killed_dvc_left_running_is_ended_by_the_next(tmp_path: Path) -> None:
-    """A shell that stays between dvc and the stage hides dvc's death from it."""
+    """A program between them that keeps dvc's environment to itself, as sudo does, hides dvc's death from the stage."""
     _slow(tmp_path)
     (tmp_path / "shell").write_text(
-        '#!/bin/bash\n# as fish does: no exec of the last command\n/bin/bash -c "${@: -1}"; exit $?\n'
+        '#!/bin/bash\nexport COMMAND="${@: -1}" STAGE=$DVC_STAGE\n'
+        "exec env -u DVC_STAGE /bin/bash -c 'DVC_STAGE=$STAGE /bin/bash -c \"$COMMAND\"; exit $?'\n"
     )
     (tmp_path / "shell").chmod(0o755)
     first = small.start(["dvc", "repro"], tmp_path, SHELL=str(tmp_path / "shell"))
@@ -207,14 +208,44 @@ def test_what_a_killed_dvc_left_running_is_ended_by_the_next(tmp_path: Path) -> 
     assert (tmp_path / "o/out").read_text() == "done"
 
 
-def test_it_dies_with_dvc_while_it_still_imports(tmp_path: Path) -> None:
-    _slow(tmp_path, imports=30)
-    first = small.start(["dvc", "repro"], tmp_path)
-    (left,) = _numbers(tmp_path / "importing", 1)
+# what runs a stage: bash turns into it, a shell that has more to do stays and waits for it, as does dash, which is /bin/sh
+# on Debian, and what dvc takes where $SHELL is not set
+SHELLS = {
+    "bash": '#!/bin/bash\nexec /bin/bash "$@"\n',
+    "none": None,
+    "stays": '#!/bin/bash\n/bin/bash "$@"; exit $?\n',
+    "two stay": '#!/bin/bash\n/bin/bash -c \'/bin/bash "$@"; exit $?\' shell "$@"; exit $?\n',
+}
+
+
+@pytest.mark.parametrize("imports", [30, 0], ids=["importing", "began"])
+@pytest.mark.parametrize("shell", SHELLS)
+def test_it_dies_with_dvc(tmp_path: Path, shell: str, imports: int) -> None:
+    _slow(tmp_path, imports=imports)
+    path = ""
+    if text := SHELLS[shell]:
+        (tmp_path / "shell").write_text(text)
+        (tmp_path / "shell").chmod(0o755)
+        path = str(tmp_path / "shell")
+    first = small.start(["dvc", "repro"], tmp_path, SHELL=path)
+    (left,) = _numbers(tmp_path / ("importing" if imports else "began"), 1)
     first.kill()
     first.wait()
     first.stdout.close()
     small.until(lambda: not small.alive(left), 5, "it was left behind")
+
+
+def test_it_does_not_die_with_who_started_dvc(tmp_path: Path) -> None:
+    """As `nohup dvc repro &` in a terminal that is closed."""
+    _slow(tmp_path)
+    terminal = small.start(["/bin/bash", "-c", "dvc repro & wait"], tmp_path, SHELL="")
+    (left,) = _numbers(tmp_path / "began", 1)
+    terminal.kill()
+    terminal.wait()
+    time.sleep(1)
+    assert small.alive(left)
+    os.killpg(terminal.pid, signal.SIGKILL)
+    terminal.stdout.close()
 
 
 def test_an_interrupt_is_no_traceback(tmp_path: Path) -> None:
