@@ -6,6 +6,7 @@ KL divergence to the reference over the tokens of held-out chosen answers.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ class CachedReferenceTrainer(DPOTrainer):
                 policy = torch.cat(models.token_logits(self.model, part)).log_softmax(-1)
                 self.model.set_adapter("ref")
                 reference = torch.cat(models.token_logits(self.model, part)).log_softmax(-1)
-            total += float((policy.exp() * (policy - reference)).sum())
+            # a token at a time: one sum over all is cut up by the number of threads, and its last digits with it
+            total += math.fsum((policy.exp() * (policy - reference)).sum(-1).tolist())
             tokens += len(policy)
         self.model.set_adapter("default")
         for name, parameter in self.model.named_parameters():  # set_adapter thawed each adapter in turn
