@@ -60,8 +60,8 @@ diff: setup ## one page of what changed since REV=HEAD~1 (to TO=…, default: th
 experiments: setup ## named experiments of experiments.yaml, to pages in docs/experiments: NAME=beta (default: all), WORKERS=1
 	python -m flows.experiments $(NAME) $(if $(WORKERS),--workers '$(WORKERS)')
 
-bench: setup ## what it costs where nothing is to be done, as ratios
-	python -m bench.noop
+bench: setup ## reforge beside its peers, to docs/benchmarks.md: PART="sft dpo" (default: all, about an hour)
+	python -m bench $(PART)
 
 # What only tests need of the system: a browser, an SSH server, `ss`. Tests without theirs are skipped and say so.
 system:

@@ -1,14 +1,12 @@
 """What reforge costs where it has nothing to do, as ratios measured in one run.
 
-    python -m bench.noop [--rounds 7]        # in a clone whose pipeline is up to date
-
-Two comparisons, each interleaved (A B A B …) and given as medians:
+Each comparison is interleaved (A B A B …) and given as medians:
 
 - `dvc repro` of this repository against `dvc repro` of ten stages that run `true`;
-- the flow `pipeline`, all stages Cached, against a flow of as many empty tasks, both against one running Prefect server.
+- the flow `pipeline`, all stages Cached, against a flow of as many empty tasks, both against one running Prefect server;
+- the start of a data stage against `import polars`.
 """
 
-import argparse
 import os
 import socket
 import statistics
@@ -110,21 +108,21 @@ def server() -> Iterator[dict[str, str]]:
             process.wait(30)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print both comparisons as Markdown tables; 1 if the pipeline is not up to date."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.noop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=7, help="runs of each that are counted (default: %(default)s)")
-    rounds: int = parser.parse_args(arguments).rounds
-    said = "Data and pipelines are up to date."
+def repro(rounds: int) -> tuple[float, float]:
+    """Median seconds of `dvc repro` here and of ten stages of `true`, with nothing to do.
+
+    Raises:
+        SystemExit: the pipeline is not up to date.
+    """
     with ten_stages() as other:
+        said = "Data and pipelines are up to date."
         runs = [quiet(DVC, folder, dict(os.environ), said) for folder in (ROOT, other)]
         ours, theirs = median_seconds(runs, rounds)
-    print("| `dvc repro` with nothing to do | seconds |\n| --- | --- |")
-    print(
-        f"| this repository | {ours:.2f} |\n| ten stages of `true` | {theirs:.2f} |\n| ratio | {ours / theirs:.2f} |\n"
-    )
+    return ours, theirs
+
+
+def flow(rounds: int) -> tuple[float, float, int]:
+    """Median seconds of the flow with nothing to do, of as many empty tasks, and how many there are."""
     listed = subprocess.run([*DVC[:-1], "stage", "list", "--name-only"], cwd=ROOT, capture_output=True, text=True)  # noqa: S603
     count = len(listed.stdout.split())
     with server() as environment:
@@ -133,11 +131,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             quiet([sys.executable, "-c", EMPTY.format(tasks=count)], ROOT, environment, "Completed()"),
         ]
         ours, theirs = median_seconds(runs, rounds)
-    print("| flow against a running server | seconds |\n| --- | --- |")
-    print(f"| `pipeline`, {count} stages Cached | {ours:.2f} |\n| {count} empty tasks | {theirs:.2f} |")
-    print(f"| added | {ours - theirs:+.2f} |\n| ratio | {ours / theirs:.2f} |")
-    return 0
+    return ours, theirs, count
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def start(rounds: int) -> tuple[float, float]:
+    """Median seconds of a data stage's `--help`, and of an import of the library that it can't do without."""
+    runs = [
+        quiet([sys.executable, "-m", "tasks.validate", "--help"], ROOT, dict(os.environ), "usage"),
+        quiet([sys.executable, "-c", "import polars"], ROOT, dict(os.environ), ""),
+    ]
+    ours, theirs = median_seconds(runs, rounds)
+    return ours, theirs

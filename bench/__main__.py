@@ -1,0 +1,190 @@
+"""Measure reforge beside its peers, and write docs/benchmarks.md.
+
+    python -m bench                      # everything, on a machine that does nothing else; about an hour on two cores
+    python -m bench sft dpo              # these parts again; the others as they were measured last
+    python -m bench data --rows 10000 100000
+
+Parts are kept in tmp/bench, with what they were measured on; the page is made of all that are there.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bench import data, noop, peers, training
+
+ROOT = Path(__file__).parent.parent
+KEPT = ROOT / "tmp/bench"
+PAGE = ROOT / "docs/benchmarks.md"
+AFTER_DPO = ("dpo", "merge", "evaluate.dpo", "report")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure the parts asked for, and write the page."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of each system in turn (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=12, help="of a training, that are counted (default: %(default)s)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="of the data part")
+    parser.add_argument("--home", type=Path, default=ROOT / "tmp/peers", help="for the peers' environments")
+    parser.add_argument("parts", nargs="*", metavar="PART")
+    given = parser.parse_args(arguments)
+    rounds, steps = given.rounds, given.steps
+    parts: dict[str, Callable[[], Any]] = {
+        **{what: partial(training.measure, what, rounds, steps) for what in training.SYSTEMS},
+        "peers": lambda: peers.measure(given.home.resolve(), rounds, steps),
+        "repro": lambda: noop.repro(2 * rounds + 1),
+        "flow": lambda: noop.flow(2 * rounds + 1),
+        "start": lambda: noop.start(2 * rounds + 1),
+        "stages": stages,
+        "data": lambda: data.measure_all(given.rows),
+    }
+    if unknown := [part for part in given.parts if part not in parts]:
+        parser.error(f"no part {unknown[0]}; there are {', '.join(parts)}")
+    KEPT.mkdir(parents=True, exist_ok=True)
+    for part in given.parts or parts:
+        kept = {"found": parts[part](), "machine": machine()}
+        (KEPT / f"{part}.json").write_text(json.dumps(kept, indent=2) + "\n")
+    found = {
+        part: json.loads((KEPT / f"{part}.json").read_text()) for part in parts if (KEPT / f"{part}.json").is_file()
+    }
+    PAGE.write_text(page({part: kept["found"] for part, kept in found.items()}, {k["machine"] for k in found.values()}))
+    print(f"bench: {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+def machine() -> str:
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    libraries = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "dvc")
+    )
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {threads} threads; {libraries}"
+
+
+def stages() -> dict[str, float]:
+    """Seconds of each stage in the run that this workspace holds, from the events beside the outputs."""
+    events = sorted((ROOT / "data").glob("*/event*.json"))
+    return {
+        f"{path.parent.name}{path.stem.removeprefix('event')}": json.loads(path.read_text())["seconds"]
+        for path in events
+    }
+
+
+def page(found: dict[str, Any], machines: set[str]) -> str:
+    """All that was measured, as Markdown: first the bars, then each part."""
+    lines = [
+        "# Benchmarks", "",
+        "Made by `make bench`; ratios of one run on one machine. `bench/` says what each part does; each system runs in a",
+        "process of its own, in turn with the others, and medians are given.", "",
+        *(f"- {name}" for name in sorted(machines)), "",
+        "| work | bar | found | |", "| --- | --- | --- | --- |", *bars(found), "",
+    ]  # fmt: skip
+    for part in training.SYSTEMS:
+        if part in found:
+            lines += [f"## {part}", "", training.table(part, found[part]), ""]
+    if "peers" in found:
+        lines += ["## sft of other programs", "", "| program | tokens/s |", "| --- | --- |"]
+        lines += [
+            f"| {name} | {f'{rate:.3g}' if isinstance(rate, float) else rate} |"
+            for name, rate in found["peers"].items()
+        ]
+        lines += [""]
+    for part, what in (
+        ("repro", "`dvc repro` with nothing to do | ten stages of `true`"),
+        ("start", "`validate --help` | `import polars`"),
+    ):
+        if part in found:
+            ours, theirs = found[part]
+            lines += [
+                f"| {what} | ratio |",
+                "| --- | --- | --- |",
+                f"| {ours:.2f} s | {theirs:.2f} s | {ours / theirs:.2f} |",
+                "",
+            ]
+    if "flow" in found:
+        ours, theirs, count = found["flow"]
+        lines += [
+            f"| flow, {count} stages Cached | {count} empty tasks | added |", "| --- | --- | --- |",
+            f"| {ours:.2f} s | {theirs:.2f} s | {ours - theirs:+.2f} s |", "",
+        ]  # fmt: skip
+    if found.get("stages"):
+        total = sum(found["stages"].values())
+        lines += ["## Where the default run's time goes", "", "| stage | seconds | share |", "| --- | --- | --- |"]
+        ordered = sorted(found["stages"].items(), key=lambda item: -item[1])
+        lines += [f"| `{name}` | {seconds:.0f} | {seconds / total:.0%} |" for name, seconds in ordered] + [""]
+    if "data" in found:
+        lines += ["## Data stages", "", data.table(found["data"]), ""]
+    return "\n".join(lines)
+
+
+def bars(found: dict[str, Any]) -> list[str]:
+    """A line of the table for each bar whose parts were measured."""
+    out: list[str] = []
+
+    def bar(what: str, asked: str, value: float, met: bool) -> None:
+        out.append(f"| {what} | {asked} | {value:.2f} | {'met' if met else 'missed'} |")
+
+    for what, over_peer, over_trl in (("sft", 2.5, 4.0), ("dpo", 3.5, 5.0)):
+        if what not in found:
+            continue
+        rates = {name: figures["rate"] for name, figures in found[what].items()}
+        others = [rate for name, rate in rates.items() if not name.startswith("reforge")]
+        if what == "sft":
+            others += [rate for rate in found.get("peers", {}).values() if isinstance(rate, float)]
+        for name, rate in rates.items():
+            if name.startswith("reforge"):
+                bar(
+                    f"{what}, {name}, × the fastest peer",
+                    f"≥ {over_peer}",
+                    rate / max(others),
+                    rate / max(others) >= over_peer,
+                )
+                default = rate / rates["TRL, its defaults"]
+                bar(f"{what}, {name}, × TRL's defaults", f"≥ {over_trl}", default, default >= over_trl)
+        peaks = [found[what][f"reforge, {kind}"]["peak"] for kind in ("NF4", "16-bit")]
+        bar(f"{what}, peak memory of NF4 × that of 16-bit", "≤ 0.75", peaks[0] / peaks[1], peaks[0] / peaks[1] <= 0.75)
+    if "sft" in found and "products" in found:
+        share = found["sft"]["reforge, 16-bit"]["rate"] / found["products"]["bf16"]["rate"]
+        bar("sft, 16-bit, share of the products alone", "≥ 0.6", share, share >= 0.6)
+    for what, asked in (("reference", 2.0), ("answers", 3.0), ("options", 3.0)):
+        if what in found:
+            ours, other = (figures["rate"] for figures in found[what].values())
+            bar(f"{what}, × {[*found[what]][1]}", f"≥ {asked:g}", ours / other, ours / other >= asked)
+    for what, name, asked in (
+        ("repro", "`dvc repro` with nothing to do", 1.2),
+        ("start", "start of a data stage", 1.5),
+    ):
+        if what in found:
+            ours, other = found[what]
+            bar(name, f"≤ {asked:g}", ours / other, ours / other <= asked)
+    if found.get("stages"):
+        seconds = found["stages"]
+        share = sum(seconds.get(stage, 0.0) for stage in AFTER_DPO) / sum(seconds.values())
+        bar("from an edit of `dpo.beta` to the report, × all", "≤ 0.35", share, share <= 0.35)
+    if "data" in found:
+        slope, peak = data.summary(found["data"])
+        bar("data stages, slope of seconds against rows", "≤ 1.1", slope, slope <= 1.1)
+        bar(
+            f"data stages, peak GiB at {max(map(int, found['data'])):,} rows",
+            "≤ 1.5",
+            peak / 2**30,
+            peak <= 1.5 * 2**30,
+        )
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,420 @@
+"""Training and scoring of reforge beside TRL, on the same rows, as ratios measured in one run.
+
+Every figure comes from a process of its own; rounds alternate between the systems (A B C A B C …) and medians are given.
+SmolLM2-135M with LoRA r 8 on all linear layers, batches of 4, loss on the completion only, bf16. The first steps of a run
+are not counted. Rows are made of the domain's definitions, of 60 to 146 tokens, 103 in the mean, 60 % of them completion.
+
+- SFT in tokens per second that are no padding, DPO in pairs per second, the reference's log-probabilities in pairs per second.
+- The products of an SFT step alone, forward and backward, as tokens per second: what no step can beat on these cores.
+- Answers in prompts per second, greedy, of 32 new tokens each: in batches as `evaluate` asks, against one at a time.
+- Options in prompts per second: log-likelihood of four answers to one question, scored together against one at a time.
+"""
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BASE = ROOT / "data/base/model"
+TCMALLOC = Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
+RANK = 8
+LORA = {"r": RANK, "lora_alpha": 16, "target_modules": "all-linear"}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+BATCH, WARM = 4, 3  # rows or pairs a step; steps that are not counted
+
+# work → system → settings of the process that does it; the first system is reforge, the last is TRL as it comes
+GROUPED = {"train_sampling_strategy": "group_by_length"}
+BEST = {"weights": "bf16", "trl": {"gradient_checkpointing": False}}
+SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
+    "sft": {
+        "reforge, 16-bit": {"reforge": GROUPED},
+        "reforge, NF4": {"quantization": NF4, "reforge": GROUPED},
+        "TRL, bf16 weights, no checkpointing": BEST,
+        "TRL, the same, padding-free, by length, tcmalloc": {
+            "weights": "bf16", "tcmalloc": True,
+            "trl": {"gradient_checkpointing": False, "padding_free": True, **GROUPED},
+        },
+        "TRL, NF4, no checkpointing": {"weights": "bf16", "quantization": NF4, "trl": {"gradient_checkpointing": False}},
+        "TRL, its defaults": {"weights": "fp32", "trl": {}},
+    },
+    "dpo": {
+        "reforge, 16-bit": {},
+        "reforge, NF4": {"quantization": NF4},
+        "TRL, bf16 weights, no checkpointing": BEST,
+        "TRL, the same, reference cached, tcmalloc": {
+            "weights": "bf16", "tcmalloc": True,
+            "trl": {"gradient_checkpointing": False, "precompute_ref_log_probs": True},
+        },
+        "TRL, its defaults": {"weights": "fp32", "trl": {}},
+    },
+    "reference": {
+        "reforge": {},
+        "TRL, precompute_ref_log_probs": {"weights": "bf16", "trl": {}},
+    },
+    "products": {"bf16": {}},
+    "answers": {"reforge": {}, "one at a time": {"trl": {}}},
+    "options": {"reforge": {}, "one at a time": {"trl": {}}},
+}  # fmt: skip
+UNITS = {
+    "sft": "tokens/s", "dpo": "pairs/s", "reference": "pairs/s", "products": "tokens/s", "answers": "prompts/s", "options": "prompts/s",
+}  # fmt: skip
+
+
+def rows(count: int = 160) -> list[dict[str, list[int]]]:
+    """`prompt_ids`, `chosen_ids`, `rejected_ids` of so many pairs; each answer ends as an answer does."""
+    import polars as pl
+
+    from tasks import chat
+
+    tokenizer = chat.load_tokenizer(BASE)
+    table = pl.read_parquet(ROOT / "data/ingest/records.parquet").filter(kind="chat", task="definition")
+    texts = [turns[-1]["content"] for turns in table.unique("term", maintain_order=True)["messages"]]
+    draw = random.Random(0)
+    eos = int(tokenizer.eos_token_id)
+
+    def some(tokens: int) -> list[int]:
+        ids: list[int] = []
+        while len(ids) < tokens:
+            ids += tokenizer(f" {draw.choice(texts)}", add_special_tokens=False)["input_ids"]
+        return ids[:tokens]
+
+    out = []
+    for _ in range(count):
+        length = draw.randint(60, 146)
+        answer = round(0.6 * length)
+        bare = len(chat.encode_prompt(tokenizer, [{"role": "user", "content": ""}], None))
+        asked = tokenizer.decode(some(max(1, length - answer - bare)))
+        prompt = chat.encode_prompt(tokenizer, [{"role": "user", "content": asked}], None)
+        other = some(max(2, round(answer * draw.uniform(0.7, 1.3))))
+        out.append(
+            {
+                "prompt_ids": prompt,
+                "chosen_ids": [*some(answer - 1), eos],
+                "rejected_ids": [*other[:-1], eos],
+            }
+        )
+    return out
+
+
+# --- one measured process --------------------------------------------------------------------------------------------
+
+
+def work(what: str, settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    """One system at one work; `rate` in the unit of the work, `peak` in bytes, of a training also its first `loss`."""
+    from tasks import models, stage
+
+    how = {
+        "sft": _sft, "dpo": _dpo, "reference": _reference, "products": _products, "answers": _answers, "options": _options,
+    }  # fmt: skip
+    found = how[what](settings, steps)
+    return found | {"peak": stage.peak_bytes(), "device": str(models.device())}
+
+
+def _model(settings: dict[str, Any]) -> Any:
+    """With an adapter; as reforge makes it, or in the precision that was asked for."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from tasks import models
+
+    if "trl" not in settings:
+        return models.new_adapter(models.load(BASE, settings.get("quantization"), models.attention(200)), LORA, 0)
+    quantized = {}
+    if given := settings.get("quantization"):
+        quantized["quantization_config"] = BitsAndBytesConfig(**given, bnb_4bit_compute_dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if settings.get("weights", "bf16") == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=dtype, **quantized)
+    models.seed_everything(0)
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
+
+
+def _clock() -> Any:
+    """A callback that notes when a step ended and how many tokens it had had by then."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        trainer: Any = None
+        ends: list[tuple[float, float]]
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.ends = []
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ends.append((time.perf_counter(), float(self.trainer._total_train_tokens)))
+
+        def rate(self, each: float | None) -> float:
+            """Tokens per second after the first steps, or `each` per step."""
+            (began, before), (ended, after) = self.ends[WARM - 1], self.ends[-1]
+            done = each * (len(self.ends) - WARM) if each else after - before
+            return done / (ended - began)
+
+    return Clock()
+
+
+def _arguments(settings: dict[str, Any], steps: int, folder: str) -> dict[str, Any]:
+    own: dict[str, Any] = {
+        "per_device_train_batch_size": BATCH,
+        "max_steps": steps + WARM,
+        "learning_rate": 2e-4,
+        "logging_steps": 1,
+    }
+    if "trl" not in settings:
+        from tasks import training
+
+        own |= {"gradient_checkpointing": False, "save_strategy": "no"} | settings.get("reforge", {})
+        return training.arguments(own, 0, Path(folder), False) | {"max_length": None}
+    theirs: dict[str, Any] = settings["trl"]
+    return own | theirs | {
+        "output_dir": folder, "use_cpu": True, "bf16": True, "report_to": "none", "save_strategy": "no", "seed": 0,
+        "max_length": None, "dataloader_pin_memory": False,
+    }  # fmt: skip
+
+
+def _trained(trainer: Any, clock: Any, settings: dict[str, Any], each: float | None) -> dict[str, Any]:
+    from tasks import training
+
+    clock.trainer = trainer
+    if "trl" in settings:
+        trainer.train()
+    else:
+        training.train(trainer, Path(trainer.args.output_dir), {})
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"rate": clock.rate(each), "loss": losses[0]}
+
+
+def _sft(settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from tasks import chat
+
+    data = [
+        {
+            "input_ids": row["prompt_ids"] + row["chosen_ids"],
+            "labels": [chat.IGNORED] * len(row["prompt_ids"]) + row["chosen_ids"],
+        }
+        for row in rows()
+    ]
+    clock = _clock()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = _arguments(settings, steps, folder)
+        trainer = SFTTrainer(
+            model=_model(settings),
+            args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
+            train_dataset=Dataset.from_list(data),
+            processing_class=chat.load_tokenizer(BASE),
+            callbacks=[clock],
+        )
+        return _trained(trainer, clock, settings, None)
+
+
+def _tokenised() -> Any:
+    """TRL's own trainer but for its tokenizing: it gets the same tokens."""
+    from trl import DPOTrainer
+
+    class Tokenised(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+    return Tokenised
+
+
+def _dpo(settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    from datasets import Dataset
+    from trl import DPOConfig
+
+    from tasks import chat
+    from tasks.dpo import CachedReferenceTrainer
+
+    data: list[dict[str, Any]] = list(rows())
+    clock = _clock()
+    kind = _tokenised()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = _arguments(settings, steps, folder)
+        if "trl" not in settings:
+            kind = CachedReferenceTrainer
+            arguments |= {"precompute_ref_log_probs": True}
+            data = [row | {"ref_chosen_logps": -99.0, "ref_rejected_logps": -99.0} for row in data]
+        trainer = kind(
+            model=_model(settings),
+            args=DPOConfig(**arguments),
+            train_dataset=Dataset.from_list(data),
+            processing_class=chat.load_tokenizer(BASE),
+            callbacks=[clock],
+        )
+        return _trained(trainer, clock, settings, BATCH)
+
+
+def _reference(settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    import torch
+    from datasets import Dataset
+    from trl import DPOConfig
+
+    from tasks import chat, models
+
+    data = rows()[: BATCH * steps]
+    if "trl" not in settings:
+        model = _model(settings).eval()
+        asked = [(row["prompt_ids"], row[f"{side}_ids"]) for row in data for side in ("chosen", "rejected")]
+        with torch.autocast("cpu", models.compute_dtype()):
+            models.answer_logprobs(model, asked[:8], 8)
+            began = time.perf_counter()
+            models.answer_logprobs(model, asked, 32)
+        return {"rate": len(data) / (time.perf_counter() - began)}
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = _arguments(settings, steps, folder)
+        trainer = _tokenised()(
+            model=_model(settings),
+            args=DPOConfig(**arguments),
+            train_dataset=Dataset.from_list(data),
+            processing_class=chat.load_tokenizer(BASE),
+        )
+        few = Dataset.from_list(data[:BATCH])
+        trainer._precompute_ref_logps(few, "warm", BATCH)
+        began = time.perf_counter()
+        trainer._precompute_ref_logps(trainer.train_dataset, "train", BATCH)
+        return {"rate": len(data) / (time.perf_counter() - began)}
+
+
+def _products(settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    """y = xWᵀ and dx = dyW of every frozen matrix, the adapter's six thin ones, and both of the head on the completions."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(BASE)
+    width, inner, rank = config.hidden_size, config.intermediate_size, RANK
+    keys = width // config.num_attention_heads * config.num_key_value_heads
+    shapes = [
+        (width, width),
+        (width, keys),
+        (width, keys),
+        (width, width),
+        (width, inner),
+        (width, inner),
+        (inner, width),
+    ]
+    lengths = [(len(row["prompt_ids"]) + len(row["chosen_ids"]), len(row["chosen_ids"])) for row in rows()]
+    tokens = round(BATCH * statistics.mean(all_ for all_, _ in lengths))
+    answered = round(BATCH * statistics.mean(some for _, some in lengths))
+
+    def random_(*shape: int) -> Any:
+        return torch.randn(*shape, dtype=torch.bfloat16)
+
+    layers = [
+        (
+            random_(tokens, i),
+            random_(tokens, o),
+            random_(o, i),
+            random_(rank, i),
+            random_(o, rank),
+            random_(tokens, rank),
+        )
+        for i, o in shapes
+    ]
+    head = random_(answered, width), random_(config.vocab_size, width)
+
+    def step() -> None:
+        for _ in range(config.num_hidden_layers):
+            for x, dy, weight, a, b, low in layers:
+                x @ weight.t(), dy @ weight, x @ a.t(), low @ b.t(), dy @ b, low @ a, dy.t() @ low, low.t() @ x
+        (head[0] @ head[1].t()) @ head[1]
+
+    step()
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return {"rate": tokens * steps / (time.perf_counter() - began)}
+
+
+def _answers(settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    from tasks import chat, models
+
+    model, tokenizer = models.load(BASE, None), chat.load_tokenizer(BASE)
+    prompts = [row["prompt_ids"] for row in rows()[: 8 if "trl" in settings else 64]]
+    forced = {"min_new_tokens": 32}  # all do the same work
+    models.generate(model, tokenizer, prompts[:1], forced, 32, 1)
+    began = time.perf_counter()
+    models.generate(model, tokenizer, prompts, forced, 32, 1 if "trl" in settings else 64)
+    return {"rate": len(prompts) / (time.perf_counter() - began)}
+
+
+def _options(settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    import torch
+
+    from tasks import models
+
+    model = models.load(BASE, None)
+    made = rows()
+    asked = [
+        (row["prompt_ids"], option[key][:16])
+        for row, other in zip(made[:32], made[32:64], strict=True)
+        for option in (row, other)
+        for key in ("chosen_ids", "rejected_ids")
+    ]
+    with torch.no_grad():
+        if "trl" not in settings:
+            models.answer_logprobs(model, asked[:4], 4)
+            began = time.perf_counter()
+            models.answer_logprobs(model, asked, 64)
+        else:
+            models.token_logits(model, asked[:1])
+            began = time.perf_counter()
+            for one in asked:
+                models.token_logits(model, [one])[0].log_softmax(-1)
+    return {"rate": len(asked) / 4 / (time.perf_counter() - began)}
+
+
+# --- all of them, in turn --------------------------------------------------------------------------------------------
+
+
+def measure(what: str, rounds: int, steps: int) -> dict[str, dict[str, float]]:
+    """System → medians of `rate`, `peak` and `loss` over the rounds."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in SYSTEMS[what]}
+    for _ in range(rounds):
+        for name, settings in SYSTEMS[what].items():
+            environment = dict(os.environ)
+            if settings.get("tcmalloc") and TCMALLOC.is_file():
+                environment["LD_PRELOAD"] = str(TCMALLOC)
+            given = json.dumps({"what": what, "settings": settings, "steps": steps})
+            done = subprocess.run(  # noqa: S603
+                [sys.executable, "-m", "bench.training", given], cwd=ROOT, env=environment,
+                capture_output=True, text=True,
+            )  # fmt: skip
+            if done.returncode:
+                raise SystemExit(f"bench: {what}, {name}:\n{done.stdout}{done.stderr}")
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{what}: {name}: {found[name][-1]['rate']:.3g} {UNITS[what]}", file=sys.stderr, flush=True)
+    keys = ("rate", "peak", "loss")
+    return {
+        name: {key: statistics.median(run[key] for run in runs) for key in keys if key in runs[0]}
+        for name, runs in found.items()
+    }
+
+
+def table(what: str, found: dict[str, dict[str, float]]) -> str:
+    """As Markdown; ratios are to the last system, TRL's defaults or one at a time."""
+    trained = "loss" in next(iter(found.values()))
+    *_, last = found.values()
+    lines = [
+        f"| {what} | {UNITS[what]} | × the last row | peak, GiB |{' first loss |' if trained else ''}",
+        f"| --- | --- | --- | --- |{' --- |' if trained else ''}",
+    ]
+    for name, figures in found.items():
+        line = (
+            f"| {name} | {figures['rate']:.3g} | {figures['rate'] / last['rate']:.2f} | {figures['peak'] / 2**30:.2f} |"
+        )
+        lines.append(line + (f" {figures['loss']:.4f} |" if trained else ""))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":  # one process of `measure`
+    one = json.loads(sys.argv[1])
+    print(json.dumps(work(one["what"], one["settings"], one["steps"])))
