@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no part {unknown[0]}; there are {', '.join(parts)}")
     KEPT.mkdir(parents=True, exist_ok=True)
     for part in given.parts or parts:
-        kept = {"found": parts[part](), "machine": machine()}
+        kept = {"found": parts[part](), "machine": f"{machine()}; rounds {rounds}, steps {steps}"}
         (KEPT / f"{part}.json").write_text(json.dumps(kept, indent=2) + "\n")
     found = {
         part: json.loads((KEPT / f"{part}.json").read_text()) for part in parts if (KEPT / f"{part}.json").is_file()
