@@ -88,7 +88,8 @@ def page(found: dict[str, Any], machines: set[str]) -> str:
     lines = [
         "# Benchmarks", "",
         "Made by `make bench`; ratios of one run on one machine. `bench/` says what each part does; each system runs in a",
-        "process of its own, in turn with the others, and medians are given.", "",
+        "process of its own, in turn with the others, and the median of the rounds is given (one round is one figure). First",
+        "losses are comparable within one precision and one order of rows: grouping by length begins with other rows.", "",
         *(f"- {name}" for name in sorted(machines)), "",
         "| work | bar | found | |", "| --- | --- | --- | --- |", *bars(found), "",
     ]  # fmt: skip

@@ -108,13 +108,13 @@ def rows(count: int = 160) -> list[dict[str, list[int]]]:
 
 def work(what: str, settings: dict[str, Any], steps: int) -> dict[str, Any]:
     """One system at one work; `rate` in the unit of the work, `peak` in bytes, of a training also its first `loss`."""
-    from tasks import models, stage
+    from tasks import stage
 
     how = {
         "sft": _sft, "dpo": _dpo, "reference": _reference, "products": _products, "answers": _answers, "options": _options,
     }  # fmt: skip
     found = how[what](settings, steps)
-    return found | {"peak": stage.peak_bytes(), "device": str(models.device())}
+    return found | {"peak": stage.peak_bytes()}
 
 
 def _model(settings: dict[str, Any]) -> Any:
@@ -235,16 +235,19 @@ def _dpo(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     from tasks.dpo import CachedReferenceTrainer
 
     data: list[dict[str, Any]] = list(rows())
-    clock = _clock()
-    kind = _tokenised()
+    clock, kind, model = _clock(), _tokenised(), _model(settings)
     with tempfile.TemporaryDirectory() as folder:
         arguments = _arguments(settings, steps, folder)
         if "trl" not in settings:
             kind = CachedReferenceTrainer
             arguments |= {"precompute_ref_log_probs": True}
-            data = [row | {"ref_chosen_logps": -99.0, "ref_rejected_logps": -99.0} for row in data]
+            chosen, rejected = _scored(model, data)  # as `reference` has done by then: not counted
+            data = [
+                row | {"ref_chosen_logps": sum(c), "ref_rejected_logps": sum(r)}
+                for row, c, r in zip(data, chosen, rejected, strict=True)
+            ]
         trainer = kind(
-            model=_model(settings),
+            model=model,
             args=DPOConfig(**arguments),
             train_dataset=Dataset.from_list(data),
             processing_class=chat.load_tokenizer(BASE),
@@ -253,21 +256,30 @@ def _dpo(settings: dict[str, Any], steps: int) -> dict[str, Any]:
         return _trained(trainer, clock, settings, BATCH)
 
 
-def _reference(settings: dict[str, Any], steps: int) -> dict[str, Any]:
+def _scored(model: Any, data: list[dict[str, Any]]) -> tuple[list[list[float]], list[list[float]]]:
+    """log p of the tokens of each chosen and each rejected answer, as the stage `reference` has them."""
     import torch
+
+    from tasks import models
+
+    asked = [(row["prompt_ids"], row[f"{side}_ids"]) for row in data for side in ("chosen", "rejected")]
+    with torch.autocast("cpu", models.compute_dtype(), enabled=models.compute_dtype() != torch.float32):
+        scores = models.answer_logprobs(model.eval(), asked, 32)
+    return scores[::2], scores[1::2]
+
+
+def _reference(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     from datasets import Dataset
     from trl import DPOConfig
 
-    from tasks import chat, models
+    from tasks import chat
 
-    data = rows()[: BATCH * steps]
+    data: list[dict[str, Any]] = [*rows()[: BATCH * steps]]
     if "trl" not in settings:
-        model = _model(settings).eval()
-        asked = [(row["prompt_ids"], row[f"{side}_ids"]) for row in data for side in ("chosen", "rejected")]
-        with torch.autocast("cpu", models.compute_dtype()):
-            models.answer_logprobs(model, asked[:8], 8)
-            began = time.perf_counter()
-            models.answer_logprobs(model, asked, 32)
+        model = _model(settings)
+        _scored(model, data[:BATCH])
+        began = time.perf_counter()
+        _scored(model, data)
         return {"rate": len(data) / (time.perf_counter() - began)}
     with tempfile.TemporaryDirectory() as folder:
         arguments = _arguments(settings, steps, folder)
