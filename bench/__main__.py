@@ -178,12 +178,9 @@ def bars(found: dict[str, Any]) -> list[str]:
     if "data" in found:
         slope, peak = data.summary(found["data"])
         bar("data stages, slope of seconds against rows", "≤ 1.1", slope, slope <= 1.1)
-        bar(
-            f"data stages, peak GiB at {max(map(int, found['data'])):,} rows",
-            "≤ 1.5",
-            peak / 2**30,
-            peak <= 1.5 * 2**30,
-        )
+        most = max(map(int, found["data"]))  # the bar is for a million
+        met = "not measured" if most < 1_000_000 else "met" if peak <= 1.5 * 2**30 else "missed"
+        out.append(f"| data stages, peak GiB at {most:,} rows | ≤ 1.5 at 1,000,000 | {peak / 2**30:.2f} | {met} |")
     return out
 
 

@@ -240,7 +240,9 @@ def test_many_kills(pipeline: Path, tmp_path: Path, seed: int) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(0)
-@pytest.mark.skipif("SOAK_DEFAULT" not in os.environ, reason="SOAK_DEFAULT=1 runs the default model: an hour and a half")
+@pytest.mark.skipif(
+    "SOAK_DEFAULT" not in os.environ, reason="SOAK_DEFAULT=1 runs the default model: an hour and a half"
+)
 def test_the_default_model(tmp_path: Path) -> None:
     """The repository's own run, whose dvc.lock is in git; kills within the first two minutes of each stage."""
     repo = clone(tmp_path / "repo")
