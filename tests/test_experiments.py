@@ -142,6 +142,8 @@ class TestPoints:
 def repo(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = fork(pipeline, tmp_path_factory.mktemp("experiments") / "repo")
     (copy / "experiments.yaml").write_text(BETA)
+    for page in (copy / "docs/experiments").glob("beta*"):  # of the default
+        page.unlink()
     run("git config user.name t && git config user.email t@example.org", copy)  # `dvc exp save` asks for them
     commit(copy, "experiment")
     return copy
@@ -171,7 +173,7 @@ def inside(folder: Path) -> list[psutil.Process]:
 def killed(repo: Path) -> Path:
     """A call of `beta` that was killed in its first training, after a checkpoint."""
     process = small.start([*COMMAND, "beta"], repo)
-    pattern = ".dvc/tmp/experiments/worktrees/*/.checkpoints/dpo-*/checkpoint-*/trainer_state.json"
+    pattern = ".dvc/tmp/experiments/worktrees/*/.checkpoints/dpo-*/checkpoint-*/whole.json"
     try:
         small.until(lambda: any(repo.glob(pattern)) or process.poll() is not None, 300, "no checkpoint")
         assert process.poll() is None, small.finish(process)

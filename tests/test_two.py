@@ -99,7 +99,7 @@ def test_two_clones_with_one_cache(repo: Path, tmp_path: Path) -> None:
     for folder in (repo, other):
         run(f"dvc cache dir --local {tmp_path / 'cache'}", folder)
         (folder / "in").write_text("both\n" * 2000)
-    both = [small.start(["dvc", "repro", "-q"], folder) for folder in (repo, other)]
+    both = [small.start(["dvc", "repro", "-v"], folder) for folder in (repo, other)]
     for process in both:
         said = small.finish(process)
         assert process.returncode == 0, said
