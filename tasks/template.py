@@ -163,7 +163,8 @@ def _tables(tokens: Tokens, rows: Sequence[int]) -> Iterator["pl.DataFrame"]:
         part = [tokens[row] for row in rows[start : start + recs.ROWS]]
         columns = zip(*part, strict=True) if part else [()] * len(schema)
         made = zip(schema.items(), columns, strict=True)
-        yield pl.DataFrame([pl.Series(name, [*column], kind) for (name, kind), column in made])
+        # of rows that happen to be equally long polars makes an Array, whatever type it is told
+        yield pl.DataFrame([pl.Series(name, [*column], kind).cast(kind) for (name, kind), column in made])
 
 
 def _write(path: Path, text: str) -> None:
