@@ -183,7 +183,8 @@ def chunks(path: Path) -> Iterator[pl.DataFrame]:
     """The same in tables of at most `ROWS` rows, one at least."""
     found, none = 0, True
     with _parquet_file(path) as file:
-        for batch in file.iter_batches(batch_size=ROWS):
+        groups = range(file.num_row_groups)  # one at a time: a reader of all of them holds on to several
+        for batch in chain.from_iterable(file.iter_batches(ROWS, row_groups=[group]) for group in groups):
             batch.validate(full=True)
             found, none = found + batch.num_rows, False
             yield _polars(batch, path)

@@ -30,12 +30,13 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
 
     from tasks import records as recs
 
-    # of a row, only what decides where it goes; all of it is read again for each part that is written
+    # of a row, only what decides where it goes, as numbers; all of it is read again for each part that is written
+    concept = pl.col("concept")
     table = pl.concat(
-        part.select("kind", "wording", "concept", "task").with_columns(
-            pl.col("concept")
-            .map_elements(lambda concept: _fraction(concept, seed), return_dtype=pl.Float64)
-            .alias("at")
+        part.select(
+            pl.col("kind", "wording", "task").cast(pl.Categorical),
+            concept.hash(),
+            concept.map_elements(lambda name: _fraction(name, seed), return_dtype=pl.Float64).alias("at"),
         )
         for part in recs.chunks(records)
     ).with_row_index("row")
@@ -53,14 +54,14 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
         "validation": pl.concat([fixed.filter(~unseen, wording="validation"), free.filter(steers)]),
         "test": pl.concat(
             [
-                fixed.filter(~unseen, wording="test").with_columns(set=pl.lit("trained")),
-                fixed.filter(unseen, wording="test").with_columns(set=pl.lit("unseen")),
-                free.filter(unseen).with_columns(set=pl.lit("unseen")),
+                fixed.filter(~unseen, wording="test").with_columns(set=pl.lit("trained", pl.Categorical)),
+                fixed.filter(unseen, wording="test").with_columns(set=pl.lit("unseen", pl.Categorical)),
+                free.filter(unseen).with_columns(set=pl.lit("unseen", pl.Categorical)),
                 alone.filter((pl.col("wording") == "test") | (pl.col("wording").is_null() & held_out)).with_columns(
                     pl.col("task").alias("set")
                 ),
                 several.filter(held_out, wording="test").with_columns(pl.col("task").alias("set")),
-                table.filter(kind="choice").with_columns(set=pl.lit("general")),
+                table.filter(kind="choice").with_columns(set=pl.lit("general", pl.Categorical)),
             ]
         ),
         "questions": pl.concat(
@@ -82,7 +83,7 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
     for name, part in tables.items():
         recs.write(_rows(records, part), out / f"{name}.parquet")
         counts[name] = part.height
-    counts["test_sets"] = dict(tables["test"]["set"].value_counts().sort("set").iter_rows())
+    counts["test_sets"] = dict(tables["test"]["set"].cast(pl.String).value_counts().sort("set").iter_rows())
     counts["concepts"] = {
         "trained": tables["train"]["concept"].n_unique(),
         "unseen": tables["test"].filter(set="unseen")["concept"].n_unique(),
@@ -98,6 +99,7 @@ def _rows(records: Path, part: "pl.DataFrame") -> Iterator["pl.DataFrame"]:
     Within `part`, rows ascend from piece to piece; each piece takes a pass over the table.
     """
     import numpy as np
+    import polars as pl
 
     from tasks import records as recs
 
@@ -107,7 +109,7 @@ def _rows(records: Path, part: "pl.DataFrame") -> Iterator["pl.DataFrame"]:
         for table in recs.chunks(records):
             low, high = piece[0] + np.searchsorted(rows[piece], [start, start + table.height]) if len(piece) else (0, 0)
             found = table[(rows[low:high] - start).tolist()]
-            yield found.with_columns(part["set"][low:high]) if "set" in part.columns else found
+            yield found.with_columns(part["set"][low:high].cast(pl.String)) if "set" in part.columns else found
             start += table.height
 
 

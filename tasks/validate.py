@@ -96,7 +96,10 @@ def run(
             broken = {failure.row for failure in failures}
             sound = ((start + i, row) for i, row in enumerate(table.iter_rows(named=True)) if i not in broken)
             prints.append(_prints(sound, params.near_duplicate))
-            lights.append(table.select("id", "source", "line", "kind", "topic"))
+            words = pl.col("source", "kind", "topic").cast(pl.Categorical)
+            lights.append(
+                table.select(pl.col("id").str.to_integer(base=16, dtype=pl.UInt64, strict=False), "line", words)
+            )
             counted.append(np.array(tokens, np.int64))
             for failure in failures:
                 found[start + failure.row].append(failure)
@@ -112,7 +115,7 @@ def run(
         found[failure.row].append(failure)
     passed = np.ones(light.height, bool)
     passed[list(found)] = False
-    kept = light.filter(passed)
+    kept = light.filter(passed).with_columns(pl.col("kind", "topic").cast(pl.String))
     rows, out_of_it = light.height + unread.total(), len(found) + unread.total()
     assert kept.height + out_of_it == rows, f"{rows} rows in, {kept.height} out, {out_of_it} quarantined"
 
@@ -155,7 +158,7 @@ def run(
         )
         worst = ", ".join(f"{check} {count} (as {first[check]})" for check, count in checks[:3])
         raise UserError(f"{said}, {limit}: {worst or 'no rows came in'}; look at {quarantine}")
-    pa.DataFrameSchema({"id": pa.Column(pl.String, unique=True)}).validate(kept.select("id"))
+    pa.DataFrameSchema({"id": pa.Column(pl.UInt64, unique=True)}).validate(kept.select("id"))
     schema = recs.schema()
     parts = (table.filter(passed[start : start + table.height]) for start, table in _pieces(records))
     recs.write((schema.validate(part) for part in parts), out)
