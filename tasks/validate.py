@@ -511,17 +511,19 @@ def _compared(
 
     tests, at = np.unique(prints.asked[prints.test], return_index=True)
     if len(tests):
+        testers = prints.asker[prints.test][at]
         place = np.minimum(np.searchsorted(tests, prints.asked), len(tests) - 1)
         leaks = np.flatnonzero(~prints.test & (tests[place] == prints.asked))
         rows, firsts = np.unique(prints.asker[leaks], return_index=True)
         for i, n in zip(rows, place[leaks[firsts]], strict=True):
-            fail(i, "contamination", f"asks what the test asks at {where(prints.asker[prints.test][at[n]])}")
+            fail(i, "contamination", f"asks what the test asks at {where(testers[n])}")
 
     _, at, inverse = np.unique(prints.copy, return_index=True, return_inverse=True)
     for n in np.flatnonzero(at[inverse] != np.arange(len(inverse))):
         fail(prints.row[n], "duplicate", f"the same text as {where(prints.row[at[inverse[n]]])}")
 
     claimed = np.flatnonzero(left(prints.row) & (prints.claim != 0))
+    claimed = claimed[_repeated(prints.claim[claimed])]
     claimed = claimed[np.argsort(prints.claim[claimed], kind="stable")]
     for group in np.split(claimed, np.flatnonzero(np.diff(prints.claim[claimed])) + 1):
         if len(group) > 1 and len({*prints.answer[group].tolist()}) > 1:
@@ -534,8 +536,7 @@ def _compared(
     still = left(prints.prose)
     bands, alike = prints.bands[still], np.zeros(int(still.sum()), bool)
     for band in bands.T:
-        _, inverse, counts = np.unique(band, return_inverse=True, return_counts=True)
-        alike |= counts[inverse] > 1
+        alike |= _repeated(band)
     groups = defaultdict[tuple[str, ...], dict[int, str]](dict)
     wanted = {*prints.prose[still][alike].tolist()}
     for i, row in texts(wanted) if wanted else ():
@@ -546,6 +547,14 @@ def _compared(
         for i, (j, similarity) in _near(alike_by, threshold).items():
             fail(i, "near_duplicate", f"{similarity:.3f} similar to {where(j)}")
     return failures
+
+
+def _repeated(values: "Array") -> "Array":
+    """Which of them occur more than once."""
+    import numpy as np
+
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray(counts[inverse] > 1)
 
 
 def _width(threshold: float) -> int:
