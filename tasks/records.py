@@ -14,7 +14,6 @@ import contextlib
 import csv
 import functools
 import hashlib
-import io
 import json
 import math
 import re
@@ -322,21 +321,25 @@ def _json(path: Path) -> Iterator[Parsed]:
 
 def _csv(path: Path) -> Iterator[Parsed]:
     csv.field_size_limit(LONGEST_ROW)  # the module's own limit, for all readers, would refuse a long answer
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True, restkey="(extra)")
-    try:
-        names = list(reader.fieldnames or [])
-        twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
-        if twice is not None:
-            raise UserError(f"{path}: two columns are named {short(twice)}")
-        if len(names) == 1 and re.search("[;\t|]", names[0]):
-            raise UserError(f"{path}: expected columns set apart by commas, found {short(names[0])}")
-        for row in reader:
-            found: dict[str, Any] | Unreadable = row
-            if "(extra)" in row or None in row.values():
-                found = Unreadable("(row)", "columns", f"expected {len(names)} columns, found another number")
-            yield reader.line_num, found, content(row)
-    except csv.Error as error:
-        raise UserError(f"{path}: not valid CSV at line {reader.reader.line_num}: {error}") from None
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True, restkey="(extra)")
+        try:
+            names = list(reader.fieldnames or [])
+            twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
+            if twice is not None:
+                raise UserError(f"{path}: two columns are named {short(twice)}")
+            if len(names) == 1 and re.search("[;\t|]", names[0]):
+                raise UserError(f"{path}: expected columns set apart by commas, found {short(names[0])}")
+            for row in reader:
+                found: dict[str, Any] | Unreadable = row
+                if "(extra)" in row or None in row.values():
+                    found = Unreadable("(row)", "columns", f"expected {len(names)} columns, found another number")
+                yield reader.line_num, found, content(row)
+        except csv.Error as error:
+            raise UserError(f"{path}: not valid CSV at line {reader.reader.line_num}: {error}") from None
+        except UnicodeDecodeError:  # its place is that within a block
+            _text(path)
+            raise
 
 
 def _parquet(path: Path) -> Iterator[Parsed]:
