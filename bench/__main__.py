@@ -11,7 +11,10 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -23,7 +26,12 @@ from bench import data, noop, peers, training
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "tmp/bench"
 PAGE = ROOT / "docs/benchmarks.md"
-AFTER_DPO = ("dpo", "merge", "evaluate.dpo", "report")
+AFTER_DPO = ("dpo", "merge", "evaluate@dpo", "report")
+LARGEST = """\
+Start is imports and params, load is models, tokenizers and tables. The largest, and what was done about them: `sft` and `dpo`
+train by `tasks/fast.py` (rows without padding, shared beginnings once, one function for each LoRA layer and norm, a head
+that keeps no logits; the reference comes from `reference`); `evaluate` answers in batches of like length and scores the
+options of a question together, and each of its three instances reruns only for its own model."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,13 +82,27 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {threads} threads; {libraries}"
 
 
-def stages() -> dict[str, float]:
-    """Seconds of each stage in the run that this workspace holds, from the events beside the outputs."""
-    events = sorted((ROOT / "data").glob("*/event*.json"))
-    return {
-        f"{path.parent.name}{path.stem.removeprefix('event')}": json.loads(path.read_text())["seconds"]
-        for path in events
-    }
+def stages() -> dict[str, dict[str, float]]:
+    """Stage → seconds by part, of a `dvc repro` in a clone with nothing but the raw data; `dvc` is what no stage took.
+
+    Raises:
+        SystemExit: the run fails.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        clone, kept = Path(name, "clone"), Path(name, "profile")
+        kept.mkdir()
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)  # noqa: S603, S607
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "bench/profile"), "REFORGE_PROFILE": str(kept)}
+        started = time.perf_counter()
+        done = subprocess.run(noop.DVC, cwd=clone, env=environment, capture_output=True, text=True)  # noqa: S603
+        whole = time.perf_counter() - started
+        if done.returncode:
+            raise SystemExit(f"bench: dvc repro of a clone:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        differ = subprocess.run(["git", "status", "--short"], cwd=clone, capture_output=True, text=True, check=True)  # noqa: S607
+        print(f"stages: outputs that differ from the committed ones: {differ.stdout or 'none'}", file=sys.stderr)
+        found: dict[str, dict[str, float]] = {p.stem: json.loads(p.read_text()) for p in sorted(kept.glob("*.json"))}
+    found["dvc"] = {"work": whole - sum(sum(parts.values()) for parts in found.values())}
+    return found
 
 
 def page(found: dict[str, Any], machines: set[str]) -> str:
@@ -122,13 +144,22 @@ def page(found: dict[str, Any], machines: set[str]) -> str:
             f"| {ours:.2f} s | {theirs:.2f} s | {ours - theirs:+.2f} s |", "",
         ]  # fmt: skip
     if found.get("stages"):
-        total = sum(found["stages"].values())
-        lines += ["## Where the default run's time goes", "", "| stage | seconds | share |", "| --- | --- | --- |"]
-        ordered = sorted(found["stages"].items(), key=lambda item: -item[1])
-        lines += [f"| `{name}` | {seconds:.0f} | {seconds / total:.0%} |" for name, seconds in ordered] + [""]
+        lines += ["## Where the default run's time goes", "", *profile(found["stages"]), "", LARGEST, ""]
     if "data" in found:
         lines += ["## Data stages", "", data.table(found["data"]), ""]
     return "\n".join(lines)
+
+
+def profile(stages: dict[str, dict[str, float]]) -> list[str]:
+    """A line of a table for each stage, the longest first."""
+    parts = ("start", "load", "work", "save")
+    lines = [f"| stage | seconds | share | {' | '.join(parts)} |", f"| --- |{' --- |' * (len(parts) + 2)}"]
+    total = sum(sum(seconds.values()) for seconds in stages.values())
+    for name, seconds in sorted(stages.items(), key=lambda item: -sum(item[1].values())):
+        own = sum(seconds.values())
+        cells = " | ".join(f"{seconds.get(part, 0):.1f}" for part in parts)
+        lines.append(f"| `{name}` | {own:.1f} | {own / total:.0%} | {cells} |")
+    return [*lines, f"| all | {total:.0f} | | {' | '.join('' for _ in parts)} |"]
 
 
 def bars(found: dict[str, Any]) -> list[str]:
@@ -173,7 +204,8 @@ def bars(found: dict[str, Any]) -> list[str]:
             bar(name, f"≤ {asked:g}", ours / other, ours / other <= asked)
     if found.get("stages"):
         seconds = found["stages"]
-        share = sum(seconds.get(stage, 0.0) for stage in AFTER_DPO) / sum(seconds.values())
+        whole = {name: sum(parts.values()) for name, parts in seconds.items()}
+        share = sum(whole[stage] for stage in (*AFTER_DPO, "dvc")) / sum(whole.values())
         bar("from an edit of `dpo.beta` to the report, × all", "≤ 0.35", share, share <= 0.35)
     if "data" in found:
         slope, peak = data.summary(found["data"])

@@ -5,7 +5,8 @@ SmolLM2-135M with LoRA r 8 on all linear layers, batches of 4, loss on the compl
 are not counted. Rows are made of the domain's definitions, of 60 to 146 tokens, 103 in the mean, 60 % of them completion.
 
 - SFT in tokens per second that are no padding, DPO in pairs per second, the reference's log-probabilities in pairs per second.
-- The products of an SFT step alone, forward and backward, as tokens per second: what no step can beat on these cores.
+- The products of a step alone, forward and backward, in the same units: what no training can beat on these cores. Of DPO with
+  the prompt once for both answers.
 - Answers in prompts per second, greedy, of 32 new tokens each: in batches as `evaluate` asks, against one at a time.
 - Options in prompts per second: log-likelihood of four answers to one question, scored together against one at a time.
 """
@@ -58,12 +59,13 @@ SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
         "reforge": {},
         "TRL, precompute_ref_log_probs": {"weights": "bf16", "trl": {}},
     },
-    "products": {"bf16": {}},
+    "products": {"sft": {}},
+    "products-dpo": {"dpo": {"pairs": True}},
     "answers": {"reforge": {}, "one at a time": {"trl": {}}},
     "options": {"reforge": {}, "one at a time": {"trl": {}}},
 }  # fmt: skip
 UNITS = {
-    "sft": "tokens/s", "dpo": "pairs/s", "reference": "pairs/s", "products": "tokens/s", "answers": "prompts/s", "options": "prompts/s",
+    "sft": "tokens/s", "dpo": "pairs/s", "reference": "pairs/s", "products": "tokens/s", "products-dpo": "pairs/s", "answers": "prompts/s", "options": "prompts/s",
 }  # fmt: skip
 
 
@@ -111,7 +113,7 @@ def work(what: str, settings: dict[str, Any], steps: int) -> dict[str, Any]:
     from tasks import stage
 
     how = {
-        "sft": _sft, "dpo": _dpo, "reference": _reference, "products": _products, "answers": _answers, "options": _options,
+        "sft": _sft, "dpo": _dpo, "reference": _reference, "products": _products, "products-dpo": _products, "answers": _answers, "options": _options,
     }  # fmt: skip
     found = how[what](settings, steps)
     return found | {"peak": stage.peak_bytes()}
@@ -313,9 +315,10 @@ def _products(settings: dict[str, Any], steps: int) -> dict[str, Any]:
         (width, inner),
         (inner, width),
     ]
-    lengths = [(len(row["prompt_ids"]) + len(row["chosen_ids"]), len(row["chosen_ids"])) for row in rows()]
-    tokens = round(BATCH * statistics.mean(all_ for all_, _ in lengths))
-    answered = round(BATCH * statistics.mean(some for _, some in lengths))
+    pairs = settings.get("pairs", False)
+    answers = [len(row["chosen_ids"]) + (len(row["rejected_ids"]) if pairs else 0) for row in rows()]
+    lengths = [len(row["prompt_ids"]) + answer for row, answer in zip(rows(), answers, strict=True)]
+    tokens, answered = (round(BATCH * statistics.mean(count)) for count in (lengths, answers))
 
     def random_(*shape: int) -> Any:
         return torch.randn(*shape, dtype=torch.bfloat16)
@@ -343,7 +346,7 @@ def _products(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     began = time.perf_counter()
     for _ in range(steps):
         step()
-    return {"rate": tokens * steps / (time.perf_counter() - began)}
+    return {"rate": (BATCH if pairs else tokens) * steps / (time.perf_counter() - began)}
 
 
 def _answers(settings: dict[str, Any], steps: int) -> dict[str, Any]:
