@@ -17,9 +17,9 @@ PACKABLE = {f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen
 SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 # `HEAD_CHUNK` of tasks.fast in elements, and bytes of each: logits in 16 and 32 bits, a difference and a probability
 FAST_HEAD, FAST_HEAD_BYTES = 1 << 23, 14
-# `SCORE_CHUNK` of tasks.fast; bytes of an attention score in its backward pass: 2 of the weight, 2 and 4 of its gradient,
-# 4 of the weight in float32, 4 of the result
-FAST_SCORES, FAST_SCORES_BYTES = 1 << 25, 16
+# `SCORE_CHUNK` of tasks.fast; bytes of an attention score, with its weight in 16 and 32 bits, in the forward pass
+FAST_SCORES, FAST_SCORES_BYTES = 1 << 25, 12
+FAST_KEPT = 1 << 21  # `KEPT_SCORES` of tasks.fast
 # trl's tile (tokens, vocabulary); bytes of an element with Triton (the gradient in place), and with torch operations
 # (trl/kernels/chunked_logprob.py, `_backward_tile`)
 TILE, TILE_BYTES, TILE_BYTES_TORCH = (4096, 32768), 2, 31
@@ -167,7 +167,9 @@ def kept_per_token(
     w, layers, hidden = device.width, facts["layers"], facts["hidden_size"]
     shape = facts["attention"]
     query, key = shape["heads"] * shape["head_dim"], shape["kv_heads"] * shape["head_dim"]
-    norms = 2 * 4 * hidden  # the float32 input of each
+    norms = (
+        2 * (w * hidden + 4) if packed else 2 * 4 * hidden
+    )  # the input of each; in float32 where it is the model's own
     mlp = 3 * w * (facts["intermediate_size"] or 4 * hidden)  # gate, its activation, up
     if packed:
         attention = w * (query + 2 * key)
@@ -189,9 +191,16 @@ def kept_per_token(
     return float(layers * (norms + mlp + attention) + w * (sum(inputs.values()) + rank) + dropout)
 
 
-def checkpointed_per_token(facts: dict[str, Any], device: Device) -> int:
-    """The same with gradient checkpointing: each layer's input, and that of the last norm in float32."""
-    return int((facts["layers"] * device.width + 4) * facts["hidden_size"])
+def checkpointed_per_token(facts: dict[str, Any], device: Device, packed: bool) -> int:
+    """The same with gradient checkpointing: each layer's input, and that of the last norm, in float32 if it is the model's."""
+    last = device.width * facts["hidden_size"] + 4 if packed else 4 * facts["hidden_size"]
+    return int(facts["layers"] * device.width * facts["hidden_size"] + last)
+
+
+def kept_scores(facts: dict[str, Any], device: Device, batch: Batch) -> int:
+    """Bytes of attention weights that all layers together keep for the backward pass in tasks.fast: of small batches only."""
+    scores = batch.padded // max(1, batch.longest) * facts["attention"]["heads"] * batch.longest**2
+    return int(facts["layers"] * device.width * scores) if scores <= FAST_KEPT else 0
 
 
 def training(
@@ -219,10 +228,11 @@ def training(
     tokens = batch.tokens if packed and not lora.get("lora_dropout") else batch.padded
     trained = adapter_parameters(facts, lora)
     kept = kept_per_token(facts, lora, device, batch.longest, packed, fused) * tokens
+    kept += kept_scores(facts, device, batch) if packed else 0
     layer = kept / facts["layers"]
     if section.get("gradient_checkpointing", True):
         name = f"activations of {tokens:,} tokens, one layer at a time"
-        kept = checkpointed_per_token(facts, device) * tokens + layer
+        kept = checkpointed_per_token(facts, device, packed) * tokens + layer
     else:
         name = f"activations of {tokens:,} tokens"
     casts = device.width * trained if device.width < 4 else 0  # 16-bit copies of A and B, one of each a step

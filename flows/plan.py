@@ -454,7 +454,7 @@ def _section(every: Mapping[str, Any], name: str, device: Device) -> dict[str, A
     if given.get("activation_checkpointing") is not None:
         given["gradient_checkpointing"] = given["activation_checkpointing"]
     if "paged" in given["optim"] and device.kind != "cuda":
-        given["optim"] = "adamw_torch"
+        given["optim"] = "adamw_torch_fused"
     return given
 
 

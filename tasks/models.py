@@ -53,7 +53,7 @@ def attention(longest: int) -> str:
 
 
 def load(folder: Path, quantization: dict[str, Any] | None, attention: str = "sdpa") -> PreTrainedModel:
-    """A model from safetensors in a local folder, in eval mode on the device at hand.
+    """A model from safetensors in a local folder, frozen and in eval mode, on the device at hand.
 
     Args:
         folder: output of `base` or `merge`.
@@ -81,7 +81,7 @@ def load(folder: Path, quantization: dict[str, Any] | None, attention: str = "sd
         **extra,
     )
     keep_training_kernels(model)
-    return model.eval()
+    return model.requires_grad_(False).eval()
 
 
 def check_weights(folder: Path) -> None:

@@ -14,20 +14,23 @@ import contextlib
 import csv
 import functools
 import hashlib
-import io
 import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandera.polars as pa
 import polars as pl
 
 from tasks.params import Source, UserError, short
 
+if TYPE_CHECKING:
+    import pandera.polars as pa
+
+ROWS = 16_384  # of a row group, and what a stage holds of a table at once
 MESSAGE = pl.Struct({"role": pl.String, "content": pl.String})
 RATING = pl.Struct({"annotator": pl.String, "response": pl.Int64, "score": pl.Float64})
 RECORD: dict[str, pl.DataType] = {
@@ -77,8 +80,10 @@ OTHER_FILES = {
 }
 
 
-def schema() -> pa.DataFrameSchema:
+def schema() -> "pa.DataFrameSchema":
     """Column types and the values that every stage may rely on."""
+    import pandera.polars as pa
+
     columns = {name: pa.Column(dtype, nullable=name not in _REQUIRED) for name, dtype in RECORD.items()}
     columns["id"] = pa.Column(pl.String, pa.Check.str_matches(r"^[0-9a-f]{16}$"), unique=True)
     columns["kind"] = pa.Column(pl.String, pa.Check.isin(KINDS))
@@ -91,14 +96,23 @@ _REQUIRED = {"id", "kind", "source", "line", "license", "concept", "topic", "tas
 
 def frame(rows: Iterable[dict[str, Any]]) -> pl.DataFrame:
     """Rows as a table with every column of `RECORD`, an id for each, in the order given."""
-    full, seen = [], dict[str, int]()
+    return pl.concat(frames(rows))
+
+
+def frames(rows: Iterable[dict[str, Any]]) -> Iterator[pl.DataFrame]:
+    """The same in tables of `ROWS` rows, one at least."""
+    full, seen, none = list[dict[str, Any]](), dict[str, int](), True
     for row in rows:
         identifier = row.get("id") or identify(row)
         seen[identifier] = seen.get(identifier, 0) + 1
         if seen[identifier] > 1:  # an exact copy within a source: an id of its own, for the quarantine to name
             identifier = hashlib.sha256(f"{identifier} {seen[identifier]}".encode()).hexdigest()[:16]
         full.append({name: row.get(name) for name in RECORD} | {"id": identifier})
-    return pl.DataFrame(full, schema=RECORD, orient="row")
+        if len(full) == ROWS:
+            yield pl.DataFrame(full, schema=RECORD, orient="row")
+            full, none = [], False
+    if full or none:
+        yield pl.DataFrame(full, schema=RECORD, orient="row")
 
 
 def identify(row: dict[str, Any]) -> str:
@@ -111,10 +125,48 @@ def identify(row: dict[str, Any]) -> str:
     ).hexdigest()[:16]
 
 
-def write(table: pl.DataFrame, path: Path) -> None:
-    """Parquet; same rows, same bytes."""
+def write(tables: pl.DataFrame | Iterable[pl.DataFrame], path: Path) -> None:
+    """Parquet; same rows, same bytes, however they are cut into `tables`, of which there is one at least.
+
+    Nothing is left at `path` when `tables` raises.
+    """
+    from pyarrow import parquet
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    table.write_parquet(path, compression="zstd", statistics=False)
+    groups = _groups([tables] if isinstance(tables, pl.DataFrame) else tables)
+    first = next(groups)
+    second = next(groups, None)
+    if second is None:
+        first.write_parquet(path, compression="zstd", statistics=False)
+        return
+    # polars writes several row groups only of what it holds at once, or out of a thread of its own, where the stage
+    # would be deaf to signals until it ends
+    schema = _arrow(first).schema
+    try:
+        with parquet.ParquetWriter(
+            path, schema, compression="zstd", write_statistics=False, write_page_checksum=True
+        ) as writer:
+            for group in chain([first, second], groups):
+                writer.write_table(_arrow(group))
+    except BaseException:  # the writer has ended the file as if it were whole
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _groups(tables: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+    """The rows in tables of `ROWS` rows, but for the last."""
+    held: pl.DataFrame | None = None
+    for table in tables:
+        held = table if held is None else pl.concat([held, table])
+        while held.height > ROWS:
+            yield held[:ROWS].rechunk()
+            held = held[ROWS:]
+    if held is not None:
+        yield held.rechunk()
+
+
+def _arrow(table: pl.DataFrame) -> Any:
+    return table.to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
 def read(path: Path) -> pl.DataFrame:
@@ -123,15 +175,27 @@ def read(path: Path) -> pl.DataFrame:
     Raises:
         UserError: not there, or not Parquet.
     """
+    return pl.concat(chunks(path))
+
+
+def chunks(path: Path) -> Iterator[pl.DataFrame]:
+    """The same in tables of at most `ROWS` rows, one at least."""
+    found, none = 0, True
     with _parquet_file(path) as file:
-        table = file.read()
-        table.validate(full=True)
-        if table.num_rows != file.metadata.num_rows:
-            raise UserError(
-                f"{path}: expected {file.metadata.num_rows} rows, as it says itself, found {table.num_rows}"
-            )
+        groups = range(file.num_row_groups)  # one at a time: a reader of all of them holds on to several
+        for batch in chain.from_iterable(file.iter_batches(ROWS, row_groups=[group]) for group in groups):
+            batch.validate(full=True)
+            found, none = found + batch.num_rows, False
+            yield _polars(batch, path)
+        if found != file.metadata.num_rows:
+            raise UserError(f"{path}: expected {file.metadata.num_rows} rows, as it says itself, found {found}")
+        if none:
+            yield _polars(file.schema_arrow.empty_table(), path)
+
+
+def _polars(batch: Any, path: Path) -> pl.DataFrame:
     try:
-        return pl.DataFrame(pl.from_arrow(table))
+        return pl.DataFrame(pl.from_arrow(batch))
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # a column's damaged name, for one
         raise UserError(f"{path}: can't be read as Parquet: {' '.join(str(error).split())[:300]}") from None
 
@@ -159,10 +223,25 @@ def _parquet_file(path: Path) -> Iterator[Any]:
 
 def write_jsonl(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """One object a line; every string comes back as it was, half a surrogate pair too (as its JSON escape)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with jsonl(path) as put:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            put(row)
+
+
+@contextlib.contextmanager
+def jsonl(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """The same for a row at a time. Nothing is left at `path` when the block raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+
+            def put(row: dict[str, Any]) -> None:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+            yield put
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 class Unreadable(ValueError):
@@ -242,21 +321,25 @@ def _json(path: Path) -> Iterator[Parsed]:
 
 def _csv(path: Path) -> Iterator[Parsed]:
     csv.field_size_limit(LONGEST_ROW)  # the module's own limit, for all readers, would refuse a long answer
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True, restkey="(extra)")
-    try:
-        names = list(reader.fieldnames or [])
-        twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
-        if twice is not None:
-            raise UserError(f"{path}: two columns are named {short(twice)}")
-        if len(names) == 1 and re.search("[;\t|]", names[0]):
-            raise UserError(f"{path}: expected columns set apart by commas, found {short(names[0])}")
-        for row in reader:
-            found: dict[str, Any] | Unreadable = row
-            if "(extra)" in row or None in row.values():
-                found = Unreadable("(row)", "columns", f"expected {len(names)} columns, found another number")
-            yield reader.line_num, found, content(row)
-    except csv.Error as error:
-        raise UserError(f"{path}: not valid CSV at line {reader.reader.line_num}: {error}") from None
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True, restkey="(extra)")
+        try:
+            names = list(reader.fieldnames or [])
+            twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
+            if twice is not None:
+                raise UserError(f"{path}: two columns are named {short(twice)}")
+            if len(names) == 1 and re.search("[;\t|]", names[0]):
+                raise UserError(f"{path}: expected columns set apart by commas, found {short(names[0])}")
+            for row in reader:
+                found: dict[str, Any] | Unreadable = row
+                if "(extra)" in row or None in row.values():
+                    found = Unreadable("(row)", "columns", f"expected {len(names)} columns, found another number")
+                yield reader.line_num, found, content(row)
+        except csv.Error as error:
+            raise UserError(f"{path}: not valid CSV at line {reader.reader.line_num}: {error}") from None
+        except UnicodeDecodeError:  # its place is that within a block
+            _text(path)
+            raise
 
 
 def _parquet(path: Path) -> Iterator[Parsed]:

@@ -7,13 +7,15 @@ what was learnt is tested in words never trained on.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import polars as pl
-
-from tasks import records as recs
 from tasks import stage
 from tasks.params import Split, UserError
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> str:
@@ -24,9 +26,20 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
     Raises:
         UserError: nothing to train on, or nothing to test on.
     """
-    table = recs.read(records)
-    fraction = {c: _fraction(c, seed) for c in table["concept"].unique().sort().to_list()}
-    table = table.with_columns(pl.col("concept").replace_strict(fraction, return_dtype=pl.Float64).alias("at"))
+    import polars as pl
+
+    from tasks import records as recs
+
+    # of a row, only what decides where it goes, as numbers; all of it is read again for each part that is written
+    concept = pl.col("concept")
+    table = pl.concat(
+        part.select(
+            pl.col("kind", "wording", "task").cast(pl.Categorical),
+            concept.hash(),
+            concept.map_elements(lambda name: _fraction(name, seed), return_dtype=pl.Float64).alias("at"),
+        )
+        for part in recs.chunks(records)
+    ).with_row_index("row")
     chat, unasked = table.filter(kind="chat"), table.filter(kind="question")
     fixed = chat.filter(pl.col("wording").is_not_null())
     free = chat.filter(pl.col("wording").is_null())
@@ -41,14 +54,14 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
         "validation": pl.concat([fixed.filter(~unseen, wording="validation"), free.filter(steers)]),
         "test": pl.concat(
             [
-                fixed.filter(~unseen, wording="test").with_columns(set=pl.lit("trained")),
-                fixed.filter(unseen, wording="test").with_columns(set=pl.lit("unseen")),
-                free.filter(unseen).with_columns(set=pl.lit("unseen")),
+                fixed.filter(~unseen, wording="test").with_columns(set=pl.lit("trained", pl.Categorical)),
+                fixed.filter(unseen, wording="test").with_columns(set=pl.lit("unseen", pl.Categorical)),
+                free.filter(unseen).with_columns(set=pl.lit("unseen", pl.Categorical)),
                 alone.filter((pl.col("wording") == "test") | (pl.col("wording").is_null() & held_out)).with_columns(
                     pl.col("task").alias("set")
                 ),
                 several.filter(held_out, wording="test").with_columns(pl.col("task").alias("set")),
-                table.filter(kind="choice").with_columns(set=pl.lit("general")),
+                table.filter(kind="choice").with_columns(set=pl.lit("general", pl.Categorical)),
             ]
         ),
         "questions": pl.concat(
@@ -68,9 +81,9 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
         raise UserError("nothing to test on: no concept is on the test side; raise split.test or add rows")
     counts: dict[str, object] = {}
     for name, part in tables.items():
-        recs.write(part.drop("at"), out / f"{name}.parquet")
+        recs.write(_rows(records, part), out / f"{name}.parquet")
         counts[name] = part.height
-    counts["test_sets"] = dict(tables["test"]["set"].value_counts().sort("set").iter_rows())
+    counts["test_sets"] = dict(tables["test"]["set"].cast(pl.String).value_counts().sort("set").iter_rows())
     counts["concepts"] = {
         "trained": tables["train"]["concept"].n_unique(),
         "unseen": tables["test"].filter(set="unseen")["concept"].n_unique(),
@@ -78,6 +91,26 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
     metrics.parent.mkdir(parents=True, exist_ok=True)
     metrics.write_text(json.dumps(counts, indent=2) + "\n")
     return ", ".join(f"{name} {part.height}" for name, part in tables.items())
+
+
+def _rows(records: Path, part: "pl.DataFrame") -> Iterator["pl.DataFrame"]:
+    """The rows of the table that `part` names by `row`, in its order, with its column `set` if it has one.
+
+    Within `part`, rows ascend from piece to piece; each piece takes a pass over the table.
+    """
+    import numpy as np
+    import polars as pl
+
+    from tasks import records as recs
+
+    rows = part["row"].to_numpy()
+    for piece in np.split(np.arange(len(rows)), np.flatnonzero(rows[1:] <= rows[:-1]) + 1):
+        start = 0
+        for table in recs.chunks(records):
+            low, high = piece[0] + np.searchsorted(rows[piece], [start, start + table.height]) if len(piece) else (0, 0)
+            found = table[(rows[low:high] - start).tolist()]
+            yield found.with_columns(part["set"][low:high].cast(pl.String)) if "set" in part.columns else found
+            start += table.height
 
 
 def _fraction(concept: str, seed: int) -> float:

@@ -7,14 +7,45 @@ same tokens. Replay rows (general chat, against forgetting) are mixed in here.
 import hashlib
 import json
 import random
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import polars as pl
+from typing import IO, TYPE_CHECKING, Any
 
 from tasks import chat, stage
-from tasks import records as recs
 from tasks.params import Template, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+
+
+class Tokens:
+    """Encoded rows in a file without a name, so that any order takes them out again and the memory holds none."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.ends, self.lengths, self.supervised = file, array("q", [0]), array("i"), array("i")
+
+    def add(self, name: str, ids: Sequence[int], labels: Sequence[int]) -> int:
+        """The number by which the row is found again."""
+        raw = array("i", [*ids, *labels]).tobytes() + name.encode()
+        self.file.seek(self.ends[-1])
+        self.file.write(raw)
+        self.ends.append(self.ends[-1] + len(raw))
+        self.lengths.append(len(ids))
+        self.supervised.append(_supervised(labels))
+        return len(self.lengths) - 1
+
+    def __getitem__(self, number: int) -> tuple[str, "np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
+        import numpy as np
+
+        start, stop = self.ends[number : number + 2]
+        self.file.seek(start)
+        raw = self.file.read(stop - start)
+        ids, labels = np.frombuffer(raw, np.int32, 2 * self.lengths[number]).reshape(2, -1)
+        return raw[ids.nbytes + labels.nbytes :].decode(), ids, labels
 
 
 def run(
@@ -30,49 +61,54 @@ def run(
         UserError: more rows than `max_refused` have no supervised token or are longer than `max_length`, or the chat
             template refuses one.
     """
+    from tasks import records as recs
+
     tokenizer = chat.load_tokenizer(base)
-    train = recs.read(splits / "train.parquet")
-    replay = recs.read(splits / "replay.parquet")
-    wanted = round(params.replay * train.height)
-    rng = random.Random(seed)
-    if wanted and replay.is_empty():
+    wanted = round(params.replay * sum(table.height for table in recs.chunks(splits / "train.parquet")))
+    replay = [i for table in recs.chunks(splits / "replay.parquet") for i in table["id"]]
+    if wanted and not replay:
         raise UserError("template.replay: there are no replay rows; add a source with `kind: replay`, or set it to 0")
-    order = sorted(range(replay.height), key=lambda i: hashlib.sha256(f"{seed} {replay['id'][i]}".encode()).hexdigest())
-    mixed = pl.concat([train, replay[[order[i % replay.height] for i in range(wanted)]]]) if wanted else train
+    rng = random.Random(seed)
     out.mkdir(parents=True, exist_ok=True)
     shown: list[str] = []
     refused: list[str] = []
     counts: dict[str, Any] = {"replay_rows": wanted}
-    every: list[int] = []
-    for name, table in (("train", mixed), ("validation", recs.read(splits / "validation.parquet"))):
-        rows = []
-        for record in table.iter_rows(named=True):
-            where = f"{record['source']}:{record['line']}"
-            try:
-                ids, labels = chat.encode(tokenizer, record["messages"], params.system)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-            supervised = sum(label != chat.IGNORED for label in labels)
-            if not supervised:
-                refused.append(f"{where}: no supervised token")
-            elif len(ids) > params.max_length:
-                refused.append(f"{where}: {len(ids)} tokens")
-            else:
-                rows.append({"id": record["id"], "input_ids": ids, "labels": labels})
-                every.append(len(ids))
-        if name == "train":
-            rng.shuffle(rows)
-            shown = [_show(tokenizer, row["input_ids"], row["labels"]) for row in rows[:8]]
-        schema: dict[str, Any] = {"id": pl.String, "input_ids": pl.List(pl.Int32), "labels": pl.List(pl.Int32)}
-        recs.write(pl.DataFrame(rows, schema=schema, orient="row"), out / f"{name}.parquet")
-        counts[f"{name}_rows"] = len(rows)
-        counts[f"{name}_tokens"] = sum(len(r["input_ids"]) for r in rows)
-        counts[f"{name}_supervised_tokens"] = sum(label != chat.IGNORED for r in rows for label in r["labels"])
-    share = len(refused) / max(1, len(refused) + len(every))
+    every = Counter[int]()
+    with tempfile.TemporaryFile(dir=out.parent) as file:
+        tokens = Tokens(file)
+
+        def taken(found: Iterable[int | str | UserError]) -> Iterator[int]:
+            for one in found:
+                if isinstance(one, UserError):
+                    raise one
+                if isinstance(one, str):
+                    refused.append(one)
+                else:
+                    yield one
+
+        for name in ("train", "validation"):
+            rows = [*taken(_encoded(splits / f"{name}.parquet", tokenizer, params, tokens))]
+            if name == "train":
+                order = sorted(
+                    range(len(replay)), key=lambda i: hashlib.sha256(f"{seed} {replay[i]}".encode()).hexdigest()
+                )
+                picks = [order[i % len(replay)] for i in range(wanted)]
+                some = sorted({*picks})
+                once = _encoded(splits / "replay.parquet", tokenizer, params, tokens, {*some}) if some else ()
+                found = dict(zip(some, once, strict=True))
+                rows += taken(found[i] for i in picks)
+                rng.shuffle(rows)
+                shown = [_show(tokenizer, *(part.tolist() for part in tokens[row][1:])) for row in rows[:8]]
+            recs.write(_tables(tokens, rows), out / f"{name}.parquet")
+            every.update(tokens.lengths[row] for row in rows)
+            counts[f"{name}_rows"] = len(rows)
+            counts[f"{name}_tokens"] = sum(tokens.lengths[row] for row in rows)
+            counts[f"{name}_supervised_tokens"] = sum(tokens.supervised[row] for row in rows)
+    share = len(refused) / max(1, len(refused) + every.total())
     counts |= {"refused": len(refused), "refused_share": round(share, 6)}
     if share > params.max_refused:
         raise UserError(
-            f"{len(refused)} of {len(refused) + len(every)} rows are refused, more than template.max_refused {params.max_refused}: "
+            f"{len(refused)} of {len(refused) + every.total()} rows are refused, more than template.max_refused {params.max_refused}: "
             f"{'; '.join(refused[:3])}; raise template.max_length (now {params.max_length}) or shorten the rows"
         )
     if not counts["train_rows"]:
@@ -86,6 +122,49 @@ def run(
     _write(metrics, json.dumps(counts, indent=2) + "\n")
     _write(lengths, "tokens,rows\n" + "".join(f"{edge},{count}\n" for edge, count in _histogram(every)))
     return f"{counts['train_rows']} training rows of {counts['train_tokens']} tokens, {counts['train_supervised_tokens']} supervised, {wanted} of replay, {len(refused)} refused"
+
+
+def _encoded(
+    path: Path, tokenizer: Any, params: Template, tokens: Tokens, only: Container[int] | None = None
+) -> Iterator[int | str | UserError]:
+    """For each row of a table, or those `only`: its number in `tokens`, why it is refused, or why it can't be rendered."""
+    from tasks import records as recs
+
+    rows = (record for table in recs.chunks(path) for record in table.iter_rows(named=True))
+    for i, record in enumerate(rows):
+        if only is not None and i not in only:
+            continue
+        where = f"{record['source']}:{record['line']}"
+        try:
+            ids, labels = chat.encode(tokenizer, record["messages"], params.system)
+        except UserError as error:
+            yield UserError(f"{where}: {error}")
+            continue
+        if not _supervised(labels):
+            yield f"{where}: no supervised token"
+        elif len(ids) > params.max_length:
+            yield f"{where}: {len(ids)} tokens"
+        else:
+            yield tokens.add(record["id"], ids, labels)
+
+
+def _supervised(labels: Sequence[int]) -> int:
+    return sum(label != chat.IGNORED for label in labels)
+
+
+def _tables(tokens: Tokens, rows: Sequence[int]) -> Iterator["pl.DataFrame"]:
+    """What is trained on, in this order."""
+    import polars as pl
+
+    from tasks import records as recs
+
+    schema = {"id": pl.String(), "input_ids": pl.List(pl.Int32), "labels": pl.List(pl.Int32)}
+    for start in range(0, len(rows) or 1, recs.ROWS):
+        part = [tokens[row] for row in rows[start : start + recs.ROWS]]
+        columns = zip(*part, strict=True) if part else [()] * len(schema)
+        made = zip(schema.items(), columns, strict=True)
+        # of rows that happen to be equally long polars makes an Array, whatever type it is told
+        yield pl.DataFrame([pl.Series(name, [*column], kind).cast(kind) for (name, kind), column in made])
 
 
 def _write(path: Path, text: str) -> None:
@@ -107,10 +186,12 @@ def _show(tokenizer: Any, ids: list[int], labels: list[int]) -> str:
     return "```\n" + text.replace("```", "'''").replace("\n", "⏎\n") + "\n```"
 
 
-def _histogram(lengths: list[int], width: int = 8) -> list[tuple[int, int]]:
+def _histogram(lengths: Counter[int], width: int = 8) -> list[tuple[int, int]]:
     """(lower edge in tokens, rows) of bins `width` tokens wide."""
-    bins = [length // width for length in lengths]
-    return [(b * width, bins.count(b)) for b in range(min(bins), max(bins) + 1)] if bins else []
+    bins = Counter[int]()
+    for length, rows in lengths.items():
+        bins[length // width] += rows
+    return [(b * width, bins[b]) for b in range(min(bins), max(bins) + 1)] if bins else []
 
 
 if __name__ == "__main__":

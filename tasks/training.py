@@ -48,8 +48,8 @@ def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -
     }
     out |= {key: value for key, value in given.items() if key not in ADDED["sft"]}
     if "paged" in out["optim"] and kind != "cuda":
-        print(f"optimizer: {out['optim']} pages to host memory and needs CUDA; on {kind} it is adamw_torch", flush=True)
-        out["optim"] = "adamw_torch"
+        print(f"optimizer: {out['optim']} pages to host memory and needs CUDA; on {kind} it is adamw_torch_fused", flush=True)
+        out["optim"] = "adamw_torch_fused"
     else:
         print(f"optimizer: {out['optim']}", flush=True)
     if not validated:

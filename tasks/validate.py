@@ -5,6 +5,9 @@ Rows in = rows out + rows quarantined, always. Checks come in three layers: the 
 sees only rows that passed the first two, so that a broken copy never displaces a sound one. Near copies are found by
 MinHash and locality-sensitive hashing (Broder, "On the resemblance and containment of documents", 1997; Leskovec
 et al., "Mining of Massive Datasets", ch. 3) and confirmed by their exact Jaccard similarity.
+
+Rows go through in pieces. What is kept of each are hashes, by which rows are compared; texts are looked at again only
+where the hashes say that they may be alike.
 """
 
 import json
@@ -12,20 +15,22 @@ import re
 import string
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandera.polars as pa
-import polars as pl
-import rensa
-from tokenizers import Tokenizer
-from tqdm import tqdm
-
-from tasks import records as recs
 from tasks import stage
 from tasks.params import UserError, Validate
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandera.polars as pa
+    import polars as pl
+    from tokenizers import Tokenizer
+
+    Array = np.ndarray[Any, np.dtype[Any]]
 
 Row = dict[str, Any]
 
@@ -72,42 +77,71 @@ def run(
         UserError: more than `params.max_quarantine` of the rows are rejected, or no row is left; `quarantine` and
             `metrics` are written nevertheless.
     """
-    table = recs.read(records)
-    unread = _unread(unreadable)
+    import numpy as np
+    import pandera.polars as pa
+    import polars as pl
+    from tqdm import tqdm
+
+    from tasks import records as recs
+
+    unread = Counter(row["source"] for row in _unread(unreadable))
     tokenizer, specials = _tokenizer(base)
-    failures = _columns(table, records)
-    texts = _texts(table)
-    tokens = _tokens(table.height, texts, tokenizer, params.max_tokens)
-    failures += _contents(pl.concat([texts, _names(table)]), specials) + _wholes(table, tokens, params.max_tokens)
-    broken = {failure.row for failure in failures}
-    sound = {i: row for i, row in enumerate(table.iter_rows(named=True)) if i not in broken}
-    failures += _compared(sound, params.near_duplicate)
-
     found = defaultdict[int, list[Failure]](list)
-    for failure in failures:
-        found[failure.row].append(failure)
-    rejected = [_quarantined(table.row(i, named=True), found[i]) for i in sorted(found)] + unread
-    kept = table.filter(pl.Series([i not in found for i in range(table.height)], dtype=pl.Boolean))
-    rows = table.height + len(unread)
-    assert kept.height + len(rejected) == rows, f"{rows} rows in, {kept.height} out, {len(rejected)} quarantined"
-    recs.write_jsonl(rejected, quarantine)
+    lights: list[pl.DataFrame] = []
+    counted: list[Array] = []
+    prints: list[Prints] = []
+    with tqdm(desc="rows", disable=None, delay=3, leave=False) as bar:
+        for start, table in _pieces(records):
+            failures, tokens = _alone(table, records, tokenizer, specials, params.max_tokens)
+            broken = {failure.row for failure in failures}
+            sound = ((start + i, row) for i, row in enumerate(table.iter_rows(named=True)) if i not in broken)
+            prints.append(_prints(sound, params.near_duplicate))
+            words = pl.col("source", "kind", "topic").cast(pl.Categorical)
+            lights.append(
+                table.select(pl.col("id").str.to_integer(base=16, dtype=pl.UInt64, strict=False), "line", words)
+            )
+            counted.append(np.array(tokens, np.int64))
+            for failure in failures:
+                found[start + failure.row].append(failure)
+            bar.update(table.height)
+    light = pl.concat(lights)
 
-    failed = defaultdict[str, list[Row]](list)
-    for row in rejected:
-        for check in dict.fromkeys([row["check"], *(other["check"] for other in row["also"])]):
-            failed[check].append(row)
-    checks = sorted(failed.items(), key=lambda item: (-len(item[1]), item[0]))
-    share = len(rejected) / rows if rows else 0.0
+    def texts(wanted: Set[int]) -> Iterator[tuple[int, Row]]:
+        for start, table in _pieces(records):
+            at = [i for i in range(table.height) if start + i in wanted]
+            yield from zip((start + i for i in at), table[at].iter_rows(named=True), strict=True)
+
+    for failure in _compared(_joined(prints), light, texts, params.near_duplicate):
+        found[failure.row].append(failure)
+    passed = np.ones(light.height, bool)
+    passed[list(found)] = False
+    kept = light.filter(passed).with_columns(pl.col("kind", "topic").cast(pl.String))
+    rows, out_of_it = light.height + unread.total(), len(found) + unread.total()
+    assert kept.height + out_of_it == rows, f"{rows} rows in, {kept.height} out, {out_of_it} quarantined"
+
+    failed, first, lost = Counter[str](), dict[str, str](), Counter[str | None]()
+
+    def rejected() -> Iterator[Row]:
+        sound = (_quarantined(row, found[i]) for i, row in texts(found.keys()))
+        for row in chain(sound, _unread(unreadable)):
+            lost[row["source"]] += 1
+            for check in {row["check"], *(other["check"] for other in row["also"])}:
+                failed[check] += 1
+                first.setdefault(check, _where(row))
+            yield row
+
+    recs.write_jsonl(rejected(), quarantine)
+    checks = sorted(failed.items(), key=lambda item: (-item[1], item[0]))
+    share = out_of_it / rows if rows else 0.0
     topics, warnings = _topics(kept, params.max_topic_share)
-    lengths = sorted(n for i, n in enumerate(tokens) if i not in found) or [0]
-    sources = Counter(chain(table["source"], (row["source"] for row in unread)))
-    lost = Counter(row["source"] for row in rejected)
+    lengths = np.sort(np.concatenate(counted)[passed]).tolist() or [0]
+    sources = Counter[str | None](light["source"]) + unread
     counts = {
         "rows_in": rows,
         "rows_out": kept.height,
-        "quarantined": len(rejected),
+        "quarantined": out_of_it,
         "quarantined_share": round(share, 6),
-        "checks": {check: len(hit) for check, hit in checks},  # rows that fail it, first or not
+        "checks": dict(checks),  # rows that fail it, first or not
         "sources": {str(s): {"rows_in": sources[s], "quarantined": lost[s]} for s in sorted(sources, key=str)},
         "kinds": dict(kept["kind"].value_counts().sort("kind").iter_rows()),
         "topics": topics,
@@ -117,17 +151,29 @@ def run(
     metrics.parent.mkdir(parents=True, exist_ok=True)
     metrics.write_text(json.dumps(counts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    said = f"{len(rejected)} of {rows} rows ({share:.2%}) quarantined"
+    said = f"{out_of_it} of {rows} rows ({share:.2%}) quarantined"
     if kept.is_empty() or share > params.max_quarantine:
         limit = (
             "no row is left" if kept.is_empty() else f"at most {params.max_quarantine:.2%} (validate.max_quarantine)"
         )
-        worst = ", ".join(f"{check} {len(hit)} (as {_where(hit[0])})" for check, hit in checks[:3])
+        worst = ", ".join(f"{check} {count} (as {first[check]})" for check, count in checks[:3])
         raise UserError(f"{said}, {limit}: {worst or 'no rows came in'}; look at {quarantine}")
-    recs.schema().validate(kept)
-    recs.write(kept, out)
-    named = ": " + ", ".join(f"{check} {len(hit)}" for check, hit in checks) if checks else ""
+    pa.DataFrameSchema({"id": pa.Column(pl.UInt64, unique=True)}).validate(kept.select("id"))
+    schema = recs.schema()
+    parts = (table.filter(passed[start : start + table.height]) for start, table in _pieces(records))
+    recs.write((schema.validate(part) for part in parts), out)
+    named = ": " + ", ".join(f"{check} {count}" for check, count in checks) if checks else ""
     return "; ".join([said + named, *warnings])
+
+
+def _pieces(records: Path) -> Iterator[tuple[int, "pl.DataFrame"]]:
+    """The table in pieces, each with the position of its first row."""
+    from tasks import records as recs
+
+    start = 0
+    for table in recs.chunks(records):
+        yield start, table
+        start += table.height
 
 
 def _where(row: Row) -> str:
@@ -139,37 +185,59 @@ def _quarantined(row: Row, failures: list[Failure]) -> Row:
     return {"source": row["source"], "line": row["line"], **first, "also": others, "content": row}
 
 
-def _unread(path: Path) -> list[Row]:
+def _unread(path: Path) -> Iterator[Row]:
     """What `ingest` could not read, in the form of the quarantine."""
     names = ("source", "line", "column", "check", "reason")
     try:
-        rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
-        return [{**{name: row[name] for name in names}, "also": [], "content": row["content"]} for row in rows]
+        with path.open("rb") as file:
+            for line in file:
+                if line != b"\n":
+                    row = json.loads(line)
+                    yield {**{name: row[name] for name in names}, "also": [], "content": row["content"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: can't be read as what ingest writes: {error}") from None
 
 
-def _failing(schema: pa.DataFrameSchema, table: pl.DataFrame) -> Iterator[Row]:
+def _alone(
+    table: "pl.DataFrame", path: Path, tokenizer: "Tokenizer", specials: list[str], max_tokens: int
+) -> tuple[list[Failure], list[int]]:
+    """What is wrong with each row by itself, and its tokens."""
+    import polars as pl
+
+    failures = _columns(table, path)  # first: the others rely on its columns
+    texts = _texts(table)
+    tokens = _tokens(table.height, texts, tokenizer, max_tokens)
+    failures += _contents(pl.concat([texts, _names(table)]), specials) + _wholes(table, tokens, max_tokens)
+    return failures, tokens
+
+
+def _failing(schema: "pa.DataFrameSchema", table: "pl.DataFrame") -> Iterator[Row]:
     """pandera's failure cases, all of them: `index` (null: of no single row), `column`, `check`, `failure_case`."""
+    import pandera.polars as pa
+
     try:
         schema.validate(table, lazy=True)
     except pa.errors.SchemaErrors as error:
         yield from error.failure_cases.iter_rows(named=True)
 
 
-def _unmet(rules: dict[str, pl.Expr], table: pl.DataFrame) -> Iterator[tuple[int, str]]:
+def _unmet(rules: dict[str, "pl.Expr"], table: "pl.DataFrame") -> Iterator[tuple[int, str]]:
     """(row, rule) wherever a rule does not hold, all of them."""
+    import pandera.polars as pa
+
     checks = [pa.Check(lambda data, e=e: data.lazyframe.select(e), name=n, ignore_na=False) for n, e in rules.items()]
     schema = pa.DataFrameSchema({table.columns[0]: pa.Column(checks=checks)})
     return ((case["index"], case["check"]) for case in _failing(schema, table))
 
 
-def _columns(table: pl.DataFrame, path: Path) -> list[Failure]:
+def _columns(table: "pl.DataFrame", path: Path) -> list[Failure]:
     """Values that the schema of records forbids.
 
     Raises:
         UserError: the table has other columns altogether.
     """
+    from tasks import records as recs
+
     failures = []
     for case in _failing(recs.schema(), table):
         if case["check"] == "field_uniqueness":  # rows of one id say the same: `_compared` keeps the first
@@ -181,8 +249,10 @@ def _columns(table: pl.DataFrame, path: Path) -> list[Failure]:
     return failures
 
 
-def _texts(table: pl.DataFrame) -> pl.DataFrame:
+def _texts(table: "pl.DataFrame") -> "pl.DataFrame":
     """Every text of every row: `row`, `column`, `role` (null outside messages), `text`; a missing one is empty."""
+    import polars as pl
+
     out: list[tuple[int, str, str | None, str]] = []
     for i, row in enumerate(table.iter_rows(named=True)):
         for n, turn in enumerate(row["messages"] or [None]):
@@ -198,16 +268,20 @@ def _texts(table: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(out, schema=columns, orient="row")
 
 
-def _names(table: pl.DataFrame) -> pl.DataFrame:
+def _names(table: "pl.DataFrame") -> "pl.DataFrame":
     """What a row is called, as `_texts` has it: composed pairs, prompts and reports quote it. None need be there."""
+    import polars as pl
+
     names = ("concept", "topic", "task", "term", "lay", "license")
     rows = table.select(pl.int_range(pl.len()).alias("row"), *names)
     long = rows.unpivot(names, index="row", variable_name="column", value_name="text").drop_nulls("text")
     return long.select("row", "column", pl.lit("system").alias("role"), "text")
 
 
-def _tokenizer(base: Path) -> tuple[Tokenizer, list[str]]:
+def _tokenizer(base: Path) -> tuple["Tokenizer", list[str]]:
     """The tokenizer, without the library that would load torch, and every string that it reads as a control token."""
+    from tokenizers import Tokenizer
+
     path, beside = base / "tokenizer.json", base / "tokenizer_config.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -228,7 +302,7 @@ def _tokenizer(base: Path) -> tuple[Tokenizer, list[str]]:
     return tokenizer, sorted(name for name in found if isinstance(name, str) and len(name) > 1)
 
 
-def _tokens(rows: int, texts: pl.DataFrame, tokenizer: Tokenizer, most: int) -> list[int]:
+def _tokens(rows: int, texts: "pl.DataFrame", tokenizer: "Tokenizer", most: int) -> list[int]:
     """Tokens of each row: its messages and the longest of what may follow them (an answer, an option, a response).
 
     A text too long for `most` tokens whatever it says is not tokenised, for that takes 100 times its memory: its count is
@@ -239,18 +313,16 @@ def _tokens(rows: int, texts: pl.DataFrame, tokenizer: Tokenizer, most: int) -> 
     limit = max(100_000, most * longest)  # characters; the floor is for tokenizers with a token for unknown words
     lengths = texts["text"].str.len_chars().to_list()
     places = list(zip(texts["row"], texts["role"], strict=True))
-    with tqdm(total=texts.height, desc="tokens", disable=None, delay=3, leave=False) as bar:
-        for start, stop in _chunks([min(length, limit) for length in lengths]):
-            part = [text if len(text) <= limit else "" for text in texts["text"][start:stop]]
-            encoded = tokenizer.encode_batch_fast(part, add_special_tokens=False)
-            for n, encoding in enumerate(encoded, start=start):
-                count = len(encoding) if lengths[n] <= limit else max(most + 1, lengths[n] // longest)
-                row, role = places[n]
-                if role is None:
-                    following[row] = max(following[row], count)
-                else:
-                    messages[row] += count
-            bar.update(stop - start)
+    for start, stop in _chunks([min(length, limit) for length in lengths]):
+        part = [text if len(text) <= limit else "" for text in texts["text"][start:stop]]
+        encoded = tokenizer.encode_batch_fast(part, add_special_tokens=False)
+        for n, encoding in enumerate(encoded, start=start):
+            count = len(encoding) if lengths[n] <= limit else max(most + 1, lengths[n] // longest)
+            row, role = places[n]
+            if role is None:
+                following[row] = max(following[row], count)
+            else:
+                messages[row] += count
     return [a + b for a, b in zip(messages, following, strict=True)]
 
 
@@ -266,8 +338,10 @@ def _chunks(lengths: list[int], texts: int = 512, characters: int = 1_000_000) -
         yield start, len(lengths)
 
 
-def _contents(texts: pl.DataFrame, specials: list[str]) -> list[Failure]:
+def _contents(texts: "pl.DataFrame", specials: list[str]) -> list[Failure]:
     """What is wrong within one text."""
+    import polars as pl
+
     patterns = CHARACTERS | {"control_token": "|".join([*map(re.escape, specials), FOREIGN])}
     text = pl.col("text")
     rules = {"empty": ~text.str.contains(BLANK) | pl.col("role").eq_missing("system")}
@@ -288,8 +362,10 @@ def _contents(texts: pl.DataFrame, specials: list[str]) -> list[Failure]:
     return sorted(failures, key=lambda failure: failure.row)
 
 
-def _wholes(table: pl.DataFrame, tokens: list[int], max_tokens: int) -> list[Failure]:
+def _wholes(table: "pl.DataFrame", tokens: list[int], max_tokens: int) -> list[Failure]:
     """What is wrong with a row as a whole."""
+    import polars as pl
+
     answered = pl.col("messages").list.last().struct.field("role").eq_missing("assistant")
     chosen, rejected = (pl.col(side).str.strip_chars() for side in ("chosen", "rejected"))
     rules = {
@@ -312,78 +388,178 @@ def _normal(text: str | None) -> str:
     return " ".join((text or "").casefold().split())
 
 
-def _turns(row: Row, system: bool = False) -> tuple[str, ...]:
-    return tuple(_normal(turn["content"]) for turn in row["messages"] if system or turn["role"] != "system")
-
-
 def _is_test(row: Row) -> bool:
     return row["kind"] == "choice" or (row["wording"] == "test" and row["kind"] in ("chat", "question"))
 
 
-def _claim(row: Row) -> tuple[Any, Any]:
+def _claim(row: Row, every: Sequence[str]) -> tuple[Any, Any]:
     """What is asked, and what is answered: rows that ask the same must answer the same; None where they need not."""
-    turns = _turns(row, system=True)
     if row["kind"] == "chat":
-        return ("chat", turns[:-1]), turns[-1]
+        return ("chat", every[:-1]), every[-1]
     if row["kind"] == "choice" and row["answer"] is not None:
-        return ("choice", turns, tuple(sorted(row["options"]))), row["options"][row["answer"]]
+        return ("choice", every, sorted(row["options"])), row["options"][row["answer"]]
     if row["kind"] == "preference":
         sides = _normal(row["chosen"]), _normal(row["rejected"])
-        return ("preference", turns, tuple(sorted(sides))), sides[0]
+        return ("preference", every, sorted(sides)), sides[0]
     return None, None
 
 
-def _compared(rows: dict[int, Row], threshold: float) -> list[Failure]:
-    """What is wrong with a row beside others; one that is out already neither displaces nor contradicts another."""
+def _turns(row: Row) -> tuple[list[str], list[str]]:
+    """All turns, and those that are no system message."""
+    every = [_normal(turn["content"]) for turn in row["messages"]]
+    return every, [text for text, turn in zip(every, row["messages"], strict=True) if turn["role"] != "system"]
+
+
+def _prose(row: Row, every: list[str], turns: list[str]) -> tuple[tuple[str, ...], str] | None:
+    """What near copies have in common, and the text to compare; None: fixed wordings are alike on purpose.
+
+    Compared are rows of one kind and one system message, which is no part of the text.
+    """
+    if row["kind"] not in ("chat", "preference") or row["wording"] is not None:
+        return None
+    said = " ".join([*turns, _normal(row["chosen"]), _normal(row["rejected"])])
+    return (row["kind"], *every[: len(every) - len(turns)]), said
+
+
+class Prints(NamedTuple):
+    """What rows are compared by. Two of a million different texts have one hash of 64 bits once in 30 million runs."""
+
+    row: "Array"  # position in the table
+    copy: "Array"  # hash of all that it says
+    claim: "Array"  # hash of what it asks, 0 where that may be answered in many ways
+    answer: "Array"
+    asker: "Array"  # position of the row that asks the next
+    asked: "Array"  # hash of a prompt: a test's, or every one of a conversation, for all of them are trained on
+    test: "Array"  # whether it is a test's
+    prose: "Array"  # position of the row that has the next
+    bands: "Array"  # hashes of parts of its sketch: near copies have one of them in common
+
+
+def _hash(value: object) -> int:
+    return int.from_bytes(blake2b(repr(value).encode(), digest_size=8).digest(), "little")
+
+
+def _prints(rows: Iterable[tuple[int, Row]], threshold: float) -> Prints:
+    """Of these rows and their positions, in the order given."""
+    import numpy as np
+    import rensa
+
+    whole, prompts, prose = list[tuple[int, ...]](), list[tuple[int, int, bool]](), list[tuple[int, int]]()
+    digests = list[list[int]]()
+    for i, row in rows:
+        every, turns = _turns(row)
+        test = _is_test(row)
+        more = map(_normal, [*(row["options"] or []), row["chosen"], row["rejected"], *(row["responses"] or [])])
+        # a test's copy in training is contamination, and must not cost the test its row
+        copy = _hash([row["kind"], test, every, *more, row["answer"], row["ratings"]])
+        claim, answer = _claim(row, every)
+        whole.append((i, copy, 0 if claim is None else _hash(claim), _hash(answer)))
+        if test:
+            prompts.append((i, _hash(turns[: -1 if row["kind"] == "chat" else None]), True))
+        else:
+            prompts += [(i, _hash(turns[:n]), False) for n in range(1, len(turns) + 1, 2)]
+        if found := _prose(row, every, turns):
+            group, said = found
+            sketch = rensa.RMinHash(PERMUTATIONS, 0)
+            sketch.update(list(_shingles(said)))
+            digests.append(sketch.digest())
+            prose.append((i, _hash(group)))
+    wholes, asked, named = (
+        np.array(part, np.uint64).reshape(-1, columns) for part, columns in ((whole, 4), (prompts, 3), (prose, 2))
+    )
+    width = _width(threshold)
+    sketches = np.array(digests, np.uint64).reshape(-1, PERMUTATIONS // width, width)
+    bands = np.repeat(named[:, 1:], PERMUTATIONS // width, axis=1)
+    for n in range(width):
+        bands = (bands ^ sketches[:, :, n]) * np.uint64(0x9E3779B97F4A7C15)
+        bands ^= bands >> np.uint64(32)
+    return Prints(
+        wholes[:, 0].astype(np.int64), wholes[:, 1], wholes[:, 2], wholes[:, 3],
+        asked[:, 0].astype(np.int64), asked[:, 1], asked[:, 2].astype(bool),
+        named[:, 0].astype(np.int64), bands.astype(np.uint32),
+    )  # fmt: skip
+
+
+def _joined(parts: list[Prints]) -> Prints:
+    """Those of all pieces; `parts` is emptied, for two of each would fill the memory."""
+    import numpy as np
+
+    columns = [list(column) for column in zip(*parts, strict=True)]
+    parts.clear()
+    return Prints(*(np.concatenate(columns.pop(0)) for _ in range(len(columns))))
+
+
+def _compared(
+    prints: Prints, light: "pl.DataFrame", texts: Callable[[Set[int]], Iterator[tuple[int, Row]]], threshold: float
+) -> list[Failure]:
+    """What is wrong with a row beside others; one that is out already neither displaces nor contradicts another.
+
+    `light` has every row's `source`, `line` and `kind`, `texts` yields those that are asked for, in their order.
+    """
+    import numpy as np
+
     failures: list[Failure] = []
 
     def fail(i: int, check: str, reason: str) -> None:
-        failures.append(Failure(i, "messages", check, reason))
+        failures.append(Failure(int(i), "messages", check, reason))
 
-    tests: dict[tuple[str, ...], int] = {}
-    for i, row in rows.items():
-        if _is_test(row):
-            tests.setdefault(_turns(row)[: -1 if row["kind"] == "chat" else None], i)
-    for i, row in rows.items():
-        turns = () if _is_test(row) else _turns(row)
-        # every prompt of a conversation, its earlier turns too: those are trained on as well
-        leak = next((tests[turns[:n]] for n in range(1, len(turns) + 1, 2) if turns[:n] in tests), None)
-        if leak is not None:
-            fail(i, "contamination", f"asks what the test asks at {_where(rows[leak])}")
+    def where(i: int) -> str:
+        return _where(light.row(int(i), named=True))
 
-    first: dict[tuple[Any, ...], int] = {}
-    for i, row in rows.items():
-        more = map(_normal, [*(row["options"] or []), row["chosen"], row["rejected"], *(row["responses"] or [])])
-        # a test's copy in training is contamination, and must not cost the test its row
-        key = (row["kind"], _is_test(row), _turns(row, system=True), *more, row["answer"], repr(row["ratings"]))
-        if first.setdefault(key, i) != i:
-            fail(i, "duplicate", f"the same text as {_where(rows[first[key]])}")
+    def left(positions: "Array") -> "Array":
+        return ~np.isin(positions, [failure.row for failure in failures])
 
-    gone = {failure.row for failure in failures}
-    claims = defaultdict[Any, dict[int, Any]](dict)
-    for i, row in rows.items():
-        asked, answered = _claim(row)
-        if i not in gone and asked is not None:
-            claims[asked][i] = answered
-    for (kind, *_), answers in claims.items():
-        if len(set(answers.values())) > 1:
-            for i in answers:
-                others = [_where(rows[j]) for j in list(answers)[:6] if j != i][:5]
-                rest = f" and {len(answers) - 1 - len(others)} more" if len(answers) - 1 > len(others) else ""
+    tests, at = np.unique(prints.asked[prints.test], return_index=True)
+    if len(tests):
+        testers = prints.asker[prints.test][at]
+        place = np.minimum(np.searchsorted(tests, prints.asked), len(tests) - 1)
+        leaks = np.flatnonzero(~prints.test & (tests[place] == prints.asked))
+        rows, firsts = np.unique(prints.asker[leaks], return_index=True)
+        for i, n in zip(rows, place[leaks[firsts]], strict=True):
+            fail(i, "contamination", f"asks what the test asks at {where(testers[n])}")
+
+    _, at, inverse = np.unique(prints.copy, return_index=True, return_inverse=True)
+    for n in np.flatnonzero(at[inverse] != np.arange(len(inverse))):
+        fail(prints.row[n], "duplicate", f"the same text as {where(prints.row[at[inverse[n]]])}")
+
+    claimed = np.flatnonzero(left(prints.row) & (prints.claim != 0))
+    claimed = claimed[_repeated(prints.claim[claimed])]
+    claimed = claimed[np.argsort(prints.claim[claimed], kind="stable")]
+    for group in np.split(claimed, np.flatnonzero(np.diff(prints.claim[claimed])) + 1):
+        if len(group) > 1 and len({*prints.answer[group].tolist()}) > 1:
+            rows, kind = prints.row[group].tolist(), light["kind"][int(prints.row[group[0]])]
+            for i in rows:
+                others = [where(j) for j in rows[:6] if j != i][:5]
+                rest = f" and {len(rows) - 1 - len(others)} more" if len(rows) - 1 > len(others) else ""
                 fail(i, "contradiction", f"the same {kind} prompt is answered otherwise at {', '.join(others)}{rest}")
 
-    gone = {failure.row for failure in failures}
-    # fixed wordings are alike on purpose; compared are rows of one kind and one system message, which is no part of it
-    prose = defaultdict[tuple[str, tuple[str, ...]], dict[int, str]](dict)
-    for i, row in rows.items():
-        if i not in gone and row["kind"] in ("chat", "preference") and row["wording"] is None:
-            turns, system = _turns(row), _turns(row, system=True)
-            said = " ".join([*turns, _normal(row["chosen"]), _normal(row["rejected"])])
-            prose[row["kind"], system[: len(system) - len(turns)]][i] = said
-    for texts in prose.values():
-        for i, (j, similarity) in _near(texts, threshold).items():
-            fail(i, "near_duplicate", f"{similarity:.3f} similar to {_where(rows[j])}")
+    still = left(prints.prose)
+    bands, alike = prints.bands[still], np.zeros(int(still.sum()), bool)
+    for band in bands.T:
+        alike |= _repeated(band)
+    groups = defaultdict[tuple[str, ...], dict[int, str]](dict)
+    wanted = {*prints.prose[still][alike].tolist()}
+    for i, row in texts(wanted) if wanted else ():
+        if found := _prose(row, *_turns(row)):
+            common, said = found
+            groups[common][i] = said
+    for alike_by in groups.values():
+        for i, (j, similarity) in _near(alike_by, threshold).items():
+            fail(i, "near_duplicate", f"{similarity:.3f} similar to {where(j)}")
     return failures
+
+
+def _repeated(values: "Array") -> "Array":
+    """Which of them occur more than once."""
+    import numpy as np
+
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray(counts[inverse] > 1)
+
+
+def _width(threshold: float) -> int:
+    """The most permutations per band that still bring a pair at the threshold together with probability 0.999."""
+    return max((r for r in (2, 4, 8, 16, 32) if (1 - threshold**r) ** (PERMUTATIONS / r) <= 0.001), default=1)
 
 
 def _shingles(text: str) -> set[str]:
@@ -397,8 +573,10 @@ def _shingles(text: str) -> set[str]:
 
 def _near(texts: dict[int, str], threshold: float) -> dict[int, tuple[int, float]]:
     """Text → an earlier one that is kept, and their exact Jaccard similarity, at least `threshold`."""
-    # the most permutations per band that still bring a pair at the threshold together with probability 0.999
-    width = max((r for r in (2, 4, 8, 16, 32) if (1 - threshold**r) ** (PERMUTATIONS / r) <= 0.001), default=1)
+    import rensa
+    from tqdm import tqdm
+
+    width = _width(threshold)
     buckets, kept = defaultdict[int, list[int]](list), dict[int, Any]()
     near: dict[int, tuple[int, float]] = {}
     for i, text in tqdm(texts.items(), "near duplicates", disable=None, delay=3, leave=False):
@@ -422,7 +600,7 @@ def _near(texts: dict[int, str], threshold: float) -> dict[int, tuple[int, float
     return near
 
 
-def _topics(kept: pl.DataFrame, limit: float) -> tuple[dict[str, Any], list[str]]:
+def _topics(kept: "pl.DataFrame", limit: float) -> tuple[dict[str, Any], list[str]]:
     """Rows and share of each topic among chat rows, and a warning for one above the limit: no single row's fault."""
     topics, chat = kept.filter(kind="chat")["topic"].value_counts(), kept.filter(kind="chat").height
     counts = dict(topics.sort(["count", "topic"], descending=[True, False]).iter_rows())

@@ -128,6 +128,7 @@ def test_an_unreadable_row_is_kept_with_its_reason(tmp_path: Path, name: str) ->
         ("a.json", '{"a": 1}', "expected a list of rows"),
         ("a.json", b"\xff\xfe\x00", "not UTF-8"),
         ("a.csv", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.csv", b"prompt,completion\n" + b"a,b\n" * 9999 + b"\xff", "not UTF-8 at byte 40014"),
         ("a.parquet", "no parquet", "can't be read"),
         ("a.txt", "hello", "unknown kind of file"),
         ("a.jsonl", "", "no rows"),

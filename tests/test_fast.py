@@ -154,7 +154,8 @@ def test_nf4(tmp_path: Path, keep: bool) -> None:
 
 
 def test_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention row by row, head position by position."""
+    """Attention row by row and its weights computed again, head position by position."""
+    monkeypatch.setattr(fast, "KEPT_SCORES", 0)
     monkeypatch.setattr(fast, "SCORE_CHUNK", 1)
     monkeypatch.setattr(fast, "HEAD_CHUNK", 1)
     given = batch()
@@ -239,6 +240,41 @@ def test_every_output_of_the_head() -> None:
     found = model(**given, fused_lm_head=True, use_cache=False)
     for name in ("loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask"):
         torch.testing.assert_close(found[name], expected[name], msg=name, atol=1e-5, rtol=1e-5)
+
+
+def test_the_first_of_equal_logits_is_the_most_likely() -> None:
+    """As argmax has it, in trl too: 16-bit logits are often equal."""
+    hidden, weight = torch.eye(4), torch.tensor([[1.0, 0, 3, 0], [1, 0, 3, 2], [0, 1, 3, 2], [1, 1, 0, 2]])
+    *_, top1 = fast._LogProbs.apply(hidden.repeat(4, 1), weight, None, torch.arange(4).repeat_interleave(4))
+    best = (hidden @ weight.t()).argmax(-1)
+    assert top1.tolist() == [bool(best[i] == target) for target in range(4) for i in range(4)]
+    assert top1.sum() == 4
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_norms(kind: str) -> None:
+    """Values and gradients, in 16 bits as near to float32 as the model's own."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    norm = LlamaRMSNorm(64, 1e-5).requires_grad_(False)
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    shape = (1, 7, 64) if kind == "llama" else (1, 7, 3, 64)
+    x, grad = torch.randn(shape), torch.randn(shape)
+
+    def run(forward: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        norm.to(dtype)
+        given = x.to(dtype).requires_grad_()
+        out = forward(given)
+        return out, torch.autograd.grad(out, given, grad.to(dtype))[0]
+
+    norm.weight.data = norm.weight.bfloat16().float()
+    exact = run(norm.forward, torch.float32)
+    for own, found in zip(exact, run(fast._FusedNorm(norm), torch.float32), strict=True):
+        assert distance(found, own) < 1e-6
+    for own, ours, right in zip(
+        run(norm.forward, torch.bfloat16), run(fast._FusedNorm(norm), torch.bfloat16), exact, strict=True
+    ):
+        assert distance(ours, right) < 1.2 * distance(own, right)
 
 
 def test_no_labels_at_all() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks import chat, models
+from tasks import chat, fast, models
 from tasks.params import UserError
 from tests.conftest import LORA, NF4
 
@@ -111,6 +111,12 @@ def test_targets_and_rank(tiny: Path, targets: object, count: int) -> None:
 def test_unknown_target_is_one_line(tiny: Path) -> None:
     with pytest.raises(UserError, match="lora"):
         models.new_adapter(models.load(tiny, None), {"target_modules": ["nothing"]}, 0)
+
+
+def test_a_loaded_model_is_frozen_and_scores_by_the_fast_path(tiny: Path) -> None:
+    model = models.load(tiny, None)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert fast.unpackable(model) == []
 
 
 def test_answer_logprobs_are_those_of_one_row_alone(tiny: Path, tokenizer) -> None:

@@ -177,7 +177,7 @@ def test_last_time_and_the_check_of_the_estimate(repo: Path) -> None:
     assert lines["sft"].measured == 2 * (
         lines["sft"].estimated or 0
     )  # of the settings that it ran with, not of the new ones
-    assert (lines["sft"].estimated or 0) < lines["sft"].need.total  # type: ignore[union-attr]
+    assert lines["sft"].estimated != lines["sft"].need.total  # type: ignore[union-attr]
     assert "(-50%)" in plan.text(found)
     assert max(map(len, plan.text(found).splitlines())) <= 120
 
@@ -339,9 +339,12 @@ def test_kept_activations_are_those_that_autograd_keeps(
     real = (kept(16) - kept(8)) / (8 * length)
     here = Device("cpu", "", 0, 0, models.compute_dtype() == torch.bfloat16)
     if way == "checkpointed":
-        said: float = memory.checkpointed_per_token(facts, here)
+        said: float = memory.checkpointed_per_token(facts, here, True)
     else:
         said = memory.kept_per_token(facts, lora, here, length, way == "fast", way == "fast")
+    if way == "fast":
+        more, less = (memory.kept_scores(facts, here, memory.Batch(n * length, n * length, length, 1)) for n in (16, 8))
+        said += (more - less) / (8 * length)
     assert said == pytest.approx(real, rel=0.03)
 
 
