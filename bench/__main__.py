@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench import data, noop, peers, training
+from bench import data, growth, noop, peers, training
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "tmp/bench"
@@ -49,9 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
     parts: dict[str, Callable[[], Any]] = {
         **{what: partial(training.measure, what, rounds, steps) for what in training.SYSTEMS},
         "peers": lambda: peers.measure(given.home.resolve(), rounds, steps),
+        "peers-dpo": lambda: peers.measure_dpo(given.home.resolve(), rounds, steps),
         "repro": lambda: noop.repro(2 * rounds + 1),
         "flow": lambda: noop.flow(2 * rounds + 1),
         "start": lambda: noop.start(2 * rounds + 1),
+        "growth": growth.measure,
         "stages": stages,
         "data": lambda: data.measure_all(given.rows),
     }
@@ -113,18 +115,21 @@ def page(found: dict[str, Any], machines: set[str]) -> str:
         "process of its own, in turn with the others, and the median of the rounds is given (one round is one figure). First",
         "losses are comparable within one precision and one order of rows: grouping by length begins with other rows.", "",
         *(f"- {name}" for name in sorted(machines)), "",
-        "| work | bar | found | |", "| --- | --- | --- | --- |", *bars(found), "",
+        "| work | bar | found | | the products alone |", "| --- | --- | --- | --- | --- |", *bars(found), "",
+        "The products alone are the matrix products of a step and nothing else (`products` below): what no training on these",
+        "cores can pass.", "",
     ]  # fmt: skip
     for part in training.SYSTEMS:
         if part in found:
             lines += [f"## {part}", "", training.table(part, found[part]), ""]
-    if "peers" in found:
-        lines += ["## sft of other programs", "", "| program | tokens/s |", "| --- | --- |"]
-        lines += [
-            f"| {name} | {f'{rate:.3g}' if isinstance(rate, float) else rate} |"
-            for name, rate in found["peers"].items()
-        ]
-        lines += [""]
+    for part, what, unit in (("peers", "sft", "tokens/s"), ("peers-dpo", "dpo", "pairs/s")):
+        if part in found:
+            lines += [f"## {what} of other programs", "", f"| program | {unit} |", "| --- | --- |"]
+            lines += [
+                f"| {name} | {f'{rate:.3g}' if isinstance(rate, float) else rate} |"
+                for name, rate in found[part].items()
+            ]
+            lines += [""]
     for part, what in (
         ("repro", "`dvc repro` with nothing to do | ten stages of `true`"),
         ("start", "`validate --help` | `import polars`"),
@@ -145,6 +150,8 @@ def page(found: dict[str, Any], machines: set[str]) -> str:
         ]  # fmt: skip
     if found.get("stages"):
         lines += ["## Where the default run's time goes", "", *profile(found["stages"]), "", LARGEST, ""]
+    if "growth" in found:
+        lines += [growth.section(found["growth"])]
     if "data" in found:
         lines += ["## Data stages", "", data.table(found["data"]), ""]
     return "\n".join(lines)
@@ -166,31 +173,33 @@ def bars(found: dict[str, Any]) -> list[str]:
     """A line of the table for each bar whose parts were measured."""
     out: list[str] = []
 
-    def bar(what: str, asked: str, value: float, met: bool) -> None:
-        out.append(f"| {what} | {asked} | {value:.2f} | {'met' if met else 'missed'} |")
+    def bar(what: str, asked: str, value: float, met: bool, limit: float | None = None) -> None:
+        most = "" if limit is None else f"{limit:.2f}"
+        out.append(f"| {what} | {asked} | {value:.2f} | {'met' if met else 'missed'} | {most} |")
 
-    for what, over_peer, over_trl in (("sft", 2.5, 4.0), ("dpo", 3.5, 5.0)):
+    for what, products, over_peer, over_trl in (("sft", "products", 2.5, 4.0), ("dpo", "products-dpo", 3.5, 5.0)):
         if what not in found:
             continue
         rates = {name: figures["rate"] for name, figures in found[what].items()}
         others = [rate for name, rate in rates.items() if not name.startswith("reforge")]
-        if what == "sft":
-            others += [rate for rate in found.get("peers", {}).values() if isinstance(rate, float)]
+        others += [r for r in found.get("peers" if what == "sft" else "peers-dpo", {}).values() if isinstance(r, float)]
+        alone = found[products][what]["rate"] if products in found else None
         for name, rate in rates.items():
             if name.startswith("reforge"):
-                bar(
-                    f"{what}, {name}, × the fastest peer",
-                    f"≥ {over_peer}",
-                    rate / max(others),
-                    rate / max(others) >= over_peer,
-                )
-                default = rate / rates["TRL, its defaults"]
-                bar(f"{what}, {name}, × TRL's defaults", f"≥ {over_trl}", default, default >= over_trl)
+                for other, figure, asked in (
+                    ("the fastest peer", max(others), over_peer),
+                    ("TRL's defaults", rates["TRL, its defaults"], over_trl),
+                ):
+                    limit = alone and alone / figure
+                    bar(f"{what}, {name[9:]}, × {other}", f"≥ {asked}", rate / figure, rate / figure >= asked, limit)
+        if alone and what == "sft":
+            share = rates["reforge, 16-bit"] / alone
+            bar("sft, 16-bit, share of the products alone", "≥ 0.6", share, share >= 0.6, 1.0)
         peaks = [found[what][f"reforge, {kind}"]["peak"] for kind in ("NF4", "16-bit")]
-        bar(f"{what}, peak memory of NF4 × that of 16-bit", "≤ 0.75", peaks[0] / peaks[1], peaks[0] / peaks[1] <= 0.75)
-    if "sft" in found and "products" in found:
-        share = found["sft"]["reforge, 16-bit"]["rate"] / found["products"]["bf16"]["rate"]
-        bar("sft, 16-bit, share of the products alone", "≥ 0.6", share, share >= 0.6)
+        ratio = peaks[0] / peaks[1]
+        bar(f"{what}, peak memory of NF4 × that of 16-bit, 0.13 billion parameters", "≤ 0.75", ratio, ratio <= 0.75)
+    for what, ratio in growth.ratios(found["growth"]).items() if "growth" in found else ():
+        bar(f"{what}, the same, 0.9 billion parameters", "≤ 0.75", ratio, ratio <= 0.75)
     for what, asked in (("reference", 2.0), ("answers", 3.0), ("options", 3.0)):
         if what in found:
             ours, other = (figures["rate"] for figures in found[what].values())
@@ -212,7 +221,7 @@ def bars(found: dict[str, Any]) -> list[str]:
         bar("data stages, slope of seconds against rows", "≤ 1.1", slope, slope <= 1.1)
         most = max(map(int, found["data"]))  # the bar is for a million
         met = "not measured" if most < 1_000_000 else "met" if peak <= 1.5 * 2**30 else "missed"
-        out.append(f"| data stages, peak GiB at {most:,} rows | ≤ 1.5 at 1,000,000 | {peak / 2**30:.2f} | {met} |")
+        out.append(f"| data stages, peak GiB at {most:,} rows | ≤ 1.5 at 1,000,000 | {peak / 2**30:.2f} | {met} | |")
     return out
 
 
