@@ -1,8 +1,12 @@
 """Models on the device at hand: loading, quantising, adapters, seeding, scoring and generating."""
 
+import contextlib
+import ctypes
 import json
+import mmap
 import random
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +74,57 @@ def load(folder: Path, quantization: dict[str, Any] | None, attention: str = "sd
             given.setdefault("bnb_4bit_compute_dtype", dtype)
         extra["quantization_config"] = BitsAndBytesConfig(**given)
     check_weights(folder)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        dtype=dtype,
-        device_map={"": device()},
-        local_files_only=True,
-        use_safetensors=True,
-        attn_implementation=attention,
-        trust_remote_code=False,
-        **extra,
-    )
+    with _read_once(folder) if quantization is not None else contextlib.nullcontext():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            device_map={"": device()},
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation=attention,
+            trust_remote_code=False,
+            **extra,
+        )
+    if quantization is not None:  # one tensor that is left in 16 bits, the embeddings, keeps its whole file mapped
+        for parameter in model.parameters():
+            if parameter.dtype.is_floating_point:
+                parameter.data = parameter.data.clone()
     keep_training_kernels(model)
     return model.requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def _read_once(folder: Path) -> Iterator[None]:
+    """Drop the pages of the files of weights from this process's memory after each tensor that is quantised.
+
+    safetensors maps the files: what has been read of them would count beside the quantised weights until the last of
+    them is there. The pages are clean, and read again if need be. Linux only.
+    """
+    from bitsandbytes import functional
+
+    inside, libc = f"{folder.resolve()}/", ctypes.CDLL(None)
+    own = {name: getattr(functional, name) for name in ("quantize_4bit", "int8_vectorwise_quant")}
+
+    def drop() -> None:
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if inside in line:
+                first, last = (int(end, 16) for end in line.split(maxsplit=1)[0].split("-"))
+                libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+    def then_drop(quantize: Callable[..., Any]) -> Callable[..., Any]:
+        def one(*arguments: Any, **named: Any) -> Any:
+            found = quantize(*arguments, **named)
+            drop()
+            return found
+
+        return one
+
+    try:
+        if sys.platform == "linux":
+            vars(functional).update({name: then_drop(quantize) for name, quantize in own.items()})
+        yield
+    finally:
+        vars(functional).update(own)
 
 
 def check_weights(folder: Path) -> None:

@@ -48,7 +48,10 @@ def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -
     }
     out |= {key: value for key, value in given.items() if key not in ADDED["sft"]}
     if "paged" in out["optim"] and kind != "cuda":
-        print(f"optimizer: {out['optim']} pages to host memory and needs CUDA; on {kind} it is adamw_torch_fused", flush=True)
+        print(
+            f"optimizer: {out['optim']} pages to host memory and needs CUDA; on {kind} it is adamw_torch_fused",
+            flush=True,
+        )
         out["optim"] = "adamw_torch_fused"
     else:
         print(f"optimizer: {out['optim']}", flush=True)
@@ -127,7 +130,8 @@ def train(trainer: Any, folder: Path, given: dict[str, Any]) -> None:
     """
     models.adapter_float32(trainer.model)
     if given.get("fast", True) and models.device().type == "cpu":
-        fast.keep_pages()
+        kept = "kept (glibc)" if fast.keep_pages() else "given back"
+        print(f"cpu: {torch.get_num_threads()} threads (OMP_NUM_THREADS), freed memory is {kept}", flush=True)
         for note in fast.install(trainer.model):
             print(f"note: {note}", flush=True)
     resume = last_checkpoint(folder)

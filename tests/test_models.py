@@ -1,6 +1,8 @@
 """Loading, quantising, adapters, scoring and generating: exact where it can be."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +113,27 @@ def test_targets_and_rank(tiny: Path, targets: object, count: int) -> None:
 def test_unknown_target_is_one_line(tiny: Path) -> None:
     with pytest.raises(UserError, match="lora"):
         models.new_adapter(models.load(tiny, None), {"target_modules": ["nothing"]}, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("quantization", [NF4, {"load_in_8bit": True}])
+def test_quantised_weights_leave_no_16_bit_copy_in_memory(tiny: Path, quantization: dict[str, Any]) -> None:
+    """The file of 16-bit weights is no longer mapped, and what is loaded is what transformers loads."""
+    from bitsandbytes import functional
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    before = functional.quantize_4bit, functional.int8_vectorwise_quant
+    ours = models.load(tiny, quantization)
+    assert (functional.quantize_4bit, functional.int8_vectorwise_quant) == before
+    assert str(tiny.resolve()) not in Path("/proc/self/maps").read_text()
+    more = {"bnb_4bit_compute_dtype": models.compute_dtype()} if "load_in_4bit" in quantization else {}
+    config = BitsAndBytesConfig(**quantization, **more)
+    plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=models.compute_dtype(), quantization_config=config)
+    expected = plain.state_dict()
+    found = ours.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert ours.get_output_embeddings().weight is ours.get_input_embeddings().weight
 
 
 def test_a_loaded_model_is_frozen_and_scores_by_the_fast_path(tiny: Path) -> None:
