@@ -57,7 +57,10 @@ class Server:
         deadline = time.monotonic() + 30
         while True:
             found = self.post("task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
-            states = {task["name"]: (task["state"]["name"], task["state"]["message"]) for task in found}
+            known = {
+                task["name"]: task["state"] or {"name": "Pending", "message": ""} for task in found
+            }  # none yet: no event
+            states = {name: (state["name"], state["message"]) for name, state in known.items()}
             if not any(name in ("Pending", "Running") for name, _ in states.values()) or time.monotonic() > deadline:
                 return states
             time.sleep(0.3)

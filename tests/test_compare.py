@@ -208,7 +208,7 @@ def folder(tiny: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory)
     rows = _rows()
     records.write(records.frame(rows).with_columns(set=pl.lit("trained")), where / "test.parquet")
     models.seed_everything(0)
-    model = models.load(tiny, None).float().train()
+    model = models.load(tiny, None).float().requires_grad_().train()
     encoded = [chat.encode(tokenizer, row["messages"], None) for row in rows]
     ids = models.pad([a for a, _ in encoded], 0)
     labels = models.pad([b for _, b in encoded], chat.IGNORED)
