@@ -26,6 +26,17 @@ from bench import data, growth, noop, peers, training
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "tmp/bench"
 PAGE = ROOT / "docs/benchmarks.md"
+WHY = (
+    "What stands in the way of the bars that are missed:", "",
+    "- *× the fastest peer*: for SFT that is LLaMA-Factory with tcmalloc, for DPO TRL with its reference cached and tcmalloc. The",
+    "  last column is what would be left if everything but the products took no time: for SFT less than the bar.",
+    "- *NF4 × TRL's defaults*: each weight is dequantised twice a step, which bitsandbytes can't do into a given tensor on a CPU.",
+    "- *Memory at 0.13 billion parameters*: libraries are 0.6 GiB of the peak, and 4 bits save 0.15. At 0.9 billion see below;",
+    "  that peak varies from run to run with what the kernel keeps of the mapped file.",
+    "- *`dvc repro`*: about 210 ms of CPU time beyond ten stages of `true`: 41 the import of pyparsing, for the `${…}` of `foreach`;",
+    "  37 the status of 207 dependencies and outputs, and 24 their entries in DVC's lock of paths; 31 params.yaml, parsed for each",
+    "  stage; 31 dvc.yaml and dvc.lock, parsed twice. All but the first grow with what is declared, and every input is.",
+)  # fmt: skip
 AFTER_DPO = ("dpo", "merge", "evaluate@dpo", "report")
 LARGEST = """\
 Start is imports and params, load is models, tokenizers and tables. The largest, and what was done about them: `sft` and `dpo`
@@ -117,7 +128,7 @@ def page(found: dict[str, Any], machines: set[str]) -> str:
         *(f"- {name}" for name in sorted(machines)), "",
         "| work | bar | found | | the products alone |", "| --- | --- | --- | --- | --- |", *bars(found), "",
         "The products alone are the matrix products of a step and nothing else (`products` below): what no training on these",
-        "cores can pass.", "",
+        "cores can pass.", "", *WHY, "",
     ]  # fmt: skip
     for part in training.SYSTEMS:
         if part in found:
