@@ -126,7 +126,7 @@ def page(found: dict[str, Any], machines: set[str]) -> str:
         "process of its own, in turn with the others, and the median of the rounds is given (one round is one figure). First",
         "losses are comparable within one precision and one order of rows: grouping by length begins with other rows.", "",
         *(f"- {name}" for name in sorted(machines)), "",
-        "| work | bar | found | | the products alone |", "| --- | --- | --- | --- | --- |", *bars(found), "",
+        "| work | bar | found | | the products alone |", "| --- | --- | --- | --- | --- |", *bars(found, any("stages beside" in name for name in machines)), "",
         "The products alone are the matrix products of a step and nothing else (`products` below): what no training on these",
         "cores can pass.", "", *WHY, "",
     ]  # fmt: skip
@@ -180,8 +180,8 @@ def profile(stages: dict[str, dict[str, float]]) -> list[str]:
     return [*lines, f"| all | {total:.0f} | | {' | '.join('' for _ in parts)} |"]
 
 
-def bars(found: dict[str, Any]) -> list[str]:
-    """A line of the table for each bar whose parts were measured."""
+def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
+    """A line of the table for each bar whose parts were measured; `disturbed`: the profile was not made on an idle machine."""
     out: list[str] = []
 
     def bar(what: str, asked: str, value: float, met: bool, limit: float | None = None) -> None:
@@ -226,7 +226,8 @@ def bars(found: dict[str, Any]) -> list[str]:
         seconds = found["stages"]
         whole = {name: sum(parts.values()) for name, parts in seconds.items()}
         share = sum(whole[stage] for stage in (*AFTER_DPO, "dvc")) / sum(whole.values())
-        bar("from an edit of `dpo.beta` to the report, × all", "≤ 0.35", share, share <= 0.35)
+met = "not on an idle machine" if disturbed else "met" if share <= 0.35 else "missed"
+        out.append(f"| from an edit of `dpo.beta` to the report, × all | ≤ 0.35 | {share:.2f} | {met} | |")
     if "data" in found:
         slope, peak = data.summary(found["data"])
         bar("data stages, slope of seconds against rows", "≤ 1.1", slope, slope <= 1.1)
