@@ -226,7 +226,7 @@ def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
         seconds = found["stages"]
         whole = {name: sum(parts.values()) for name, parts in seconds.items()}
         share = sum(whole[stage] for stage in (*AFTER_DPO, "dvc")) / sum(whole.values())
-met = "not on an idle machine" if disturbed else "met" if share <= 0.35 else "missed"
+        met = "not on an idle machine" if disturbed else "met" if share <= 0.35 else "missed"
         out.append(f"| from an edit of `dpo.beta` to the report, × all | ≤ 0.35 | {share:.2f} | {met} | |")
     if "data" in found:
         slope, peak = data.summary(found["data"])
