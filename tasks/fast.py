@@ -25,7 +25,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.cextension import lib
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -42,6 +43,8 @@ SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 HEAD_CHUNK = 1 << 23  # logits held at once, in elements
 KEPT_SCORES = 1 << 21  # attention weights of a layer kept for its backward pass, in elements
 SCORE_CHUNK = 1 << 25  # attention scores held at once, in elements
+native = getattr(lib, "_lib", None)  # bitsandbytes' own library
+KERNELS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # as it names them
 # what a trainer may pass beside the rows; anything else goes the trainer's own way
 KNOWN = {"use_cache", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
@@ -377,12 +380,44 @@ class _Lora(torch.autograd.Function):
         return dx, None, *out
 
 
+class _Space:
+    """Where 4-bit weights are dequantised, each over the one before.
+
+    A tensor of its own for each leaves a hole in the heap, in which what lives longer settles, so that the next finds no
+    place: up to a third of a large model in 16 bits was lost so, in some runs and not in others. bitsandbytes 0.50.2 has
+    `out=` for CUDA only, but its kernel for the CPU writes where it is told to.
+    """
+
+    def __init__(self) -> None:
+        self.held = torch.empty(0)
+
+    def dequantize(self, packed: Tensor, state: Any) -> Tensor:
+        """What bitsandbytes' `dequantize_4bit` gives, until the next call."""
+        kernel = f"cdequantize_blockwise_cpu_{state.quant_type}_{KERNELS.get(state.dtype)}"
+        *_, width = state.shape
+        if not hasattr(native, kernel) or width % 2 or state.blocksize > 1024:  # it has other ways for these
+            return dequantize_4bit(packed, state)
+        count = math.prod(state.shape)
+        if self.held.numel() < count or self.held.dtype != state.dtype:
+            self.held = torch.empty(count, dtype=state.dtype)
+        absmax = state.absmax
+        if state.nested:
+            absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+        absmax, packed = absmax.float().contiguous(), packed.contiguous()
+        getattr(native, kernel)(
+            *(ctypes.c_void_p(t.data_ptr()) for t in (packed, absmax, self.held)),
+            *map(ctypes.c_longlong, (state.blocksize, count // width, width)),
+        )
+        return self.held[:count].view(state.shape)
+
+
 class _Fused:
     """The forward pass of one LoRA layer, with those that share its input."""
 
-    def __init__(self, layer: Any, keep_dequantized: bool) -> None:
+    def __init__(self, layer: Any, keep_dequantized: bool, space: "_Space") -> None:
         self.layer, self.base = layer, layer.get_base_layer()
         self.own: Callable[..., Tensor] = layer.forward
+        self.space = space
         self.keep = keep_dequantized and isinstance(self.base, Linear4bit)
         self.kept: Tensor | None = None
         self.group: list[_Fused] = [self]
@@ -396,12 +431,13 @@ class _Fused:
         return self.layer.lora_A[name].weight, self.layer.lora_B[name].weight
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The frozen weight `(out, in)`, dequantised if need be."""
+        """The frozen weight `(out, in)`, dequantised if need be; then it may last until the next one is asked for."""
         if self.kept is not None and self.kept.dtype == dtype:
             return self.kept
         weight: Any = self.base.weight
         if isinstance(self.base, Linear4bit):
-            weight = dequantize_4bit(weight.data, weight.quant_state)
+            dequantize = dequantize_4bit if self.keep else self.space.dequantize
+            weight = dequantize(weight.data, weight.quant_state)
         weight = weight.detach().to(dtype)
         if self.keep:
             self.kept = weight
@@ -699,6 +735,7 @@ def unpackable(model: nn.Module) -> list[str]:
 
 def _install_lora(base: nn.Module, keep_dequantized: bool, undo: list[Callable[[], None]]) -> list[str]:
     others: dict[str, list[str]] = {}
+    space = _Space()
     for name, parent in base.named_modules():
         fused: dict[str, _Fused] = {}
         for child, layer in parent.named_children():
@@ -707,7 +744,7 @@ def _install_lora(base: nn.Module, keep_dequantized: bool, undo: list[Callable[[
             if reason := _not_fusable(layer):
                 others.setdefault(reason, []).append(f"{name}.{child}")
                 continue
-            fused[child] = _Fused(layer, keep_dequantized)
+            fused[child] = _Fused(layer, keep_dequantized, space)
             layer.__dict__["forward"] = fused[child]
             undo.append(partial(layer.__dict__.pop, "forward"))
         for names in SHARED_INPUT:

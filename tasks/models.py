@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from tasks import fast, weights
 from tasks.params import UserError
 
+DROPPED = 1 << 25  # bytes of 16-bit weights that may stay in memory while the next are quantised
+
 
 def device() -> torch.device:
     """CUDA, else Apple's MPS, else the CPU."""
@@ -89,13 +91,14 @@ def load(folder: Path, quantization: dict[str, Any] | None, attention: str = "sd
         for parameter in model.parameters():
             if parameter.dtype.is_floating_point:
                 parameter.data = parameter.data.clone()
+        _give_back()
     keep_training_kernels(model)
     return model.requires_grad_(False).eval()
 
 
 @contextlib.contextmanager
 def _read_once(folder: Path) -> Iterator[None]:
-    """Drop the pages of the files of weights from this process's memory after each tensor that is quantised.
+    """Drop what tensors in 16 bits took of this process's memory, in the file and in the heap, once they are quantised.
 
     safetensors maps the files: what has been read of them would count beside the quantised weights until the last of
     them is there. The pages are clean, and read again if need be. Linux only.
@@ -104,17 +107,23 @@ def _read_once(folder: Path) -> Iterator[None]:
 
     inside, libc = f"{folder.resolve()}/", ctypes.CDLL(None)
     own = {name: getattr(functional, name) for name in ("quantize_4bit", "int8_vectorwise_quant")}
+    read = 0
 
     def drop() -> None:
         for line in Path("/proc/self/maps").read_text().splitlines():
             if inside in line:
                 first, last = (int(end, 16) for end in line.split(maxsplit=1)[0].split("-"))
                 libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+        _give_back()
 
     def then_drop(quantize: Callable[..., Any]) -> Callable[..., Any]:
-        def one(*arguments: Any, **named: Any) -> Any:
-            found = quantize(*arguments, **named)
-            drop()
+        def one(tensor: Tensor, *arguments: Any, **named: Any) -> Any:
+            nonlocal read
+            found = quantize(tensor, *arguments, **named)
+            read += tensor.nbytes
+            if read >= DROPPED:
+                read = 0
+                drop()
             return found
 
         return one
@@ -125,6 +134,12 @@ def _read_once(folder: Path) -> Iterator[None]:
         yield
     finally:
         vars(functional).update(own)
+
+
+def _give_back() -> None:
+    """Return the free pages of the heap, its holes too; glibc only. Weights in 16 bits leave large ones."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def check_weights(folder: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, pre_tokenizers
@@ -151,6 +152,29 @@ def test_nf4(tmp_path: Path, keep: bool) -> None:
     same(
         tiny(CONFIGS["llama"](), tmp_path), lambda m: fused(m, given), lambda m: plain(m, given), keep_dequantized=keep
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(("shape", "blocksize"), [((48, 64), 64), ((5, 96), 32), ((3, 8192), 4096), ((70, 7), 64)])
+def test_four_bits_are_dequantised_as_bitsandbytes_does(
+    dtype: torch.dtype, kind: str, nested: bool, shape: tuple[int, int], blocksize: int
+) -> None:
+    """To the bit: by its kernel into one space, whose contents last until the next weight, or else by its own function."""
+    torch.manual_seed(0)
+    space = fast._Space()
+    weights = [
+        quantize_4bit(torch.randn(shape, dtype=dtype), None, None, blocksize, nested, kind) for _ in range(2)
+    ]
+    places = set()
+    for packed, state in weights:
+        found = space.dequantize(packed, state)
+        assert torch.equal(found, dequantize_4bit(packed, state))
+        places.add(found.data_ptr())
+    covered = blocksize <= 1024 and shape[1] % 2 == 0
+    assert space.held.numel() == (shape[0] * shape[1] if covered else 0)
+    assert not covered or places == {space.held.data_ptr()}
 
 
 def test_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

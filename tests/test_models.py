@@ -117,8 +117,12 @@ def test_unknown_target_is_one_line(tiny: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 @pytest.mark.parametrize("quantization", [NF4, {"load_in_8bit": True}])
-def test_quantised_weights_leave_no_16_bit_copy_in_memory(tiny: Path, quantization: dict[str, Any]) -> None:
+@pytest.mark.parametrize("dropped", [0, models.DROPPED])
+def test_quantised_weights_leave_no_16_bit_copy_in_memory(
+    tiny: Path, quantization: dict[str, Any], dropped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file of 16-bit weights is no longer mapped, and what is loaded is what transformers loads."""
+    monkeypatch.setattr(models, "DROPPED", dropped)
     from bitsandbytes import functional
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
