@@ -64,20 +64,28 @@ def one(asked: dict[str, Any]) -> dict[str, float]:
     draw = random.Random(0)
 
     def rows() -> list[dict[str, list[int]]]:
-        answer = round(0.6 * length)
+        prompt, answer = split(length)
         made = []
         for _ in range(pairs or batch * (steps + WARM)):
-            ids = [[draw.randrange(1000, 30000) for _ in range(n)] for n in (length - answer, answer, answer)]
+            ids = [[draw.randrange(1000, 30000) for _ in range(n)] for n in (prompt, answer, answer)]
             made.append(dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True)))
         return made
 
     base = Path(asked.get("base", training.BASE))
-    vars(training).update(BASE=base, BATCH=batch, WARM=WARM, rows=rows)  # of this process alone
+    lora = asked.get("lora", training.LORA)
+    vars(training).update(BASE=base, BATCH=batch, WARM=WARM, LORA=lora, rows=rows)  # of this process alone
+    settings: dict[str, Any] = {key: asked[key] for key in ("quantization", "reforge", "train") if key in asked}
     began = time.perf_counter()
-    found = training.work(what, {"quantization": asked.get("quantization")}, steps)
+    found = training.work(what, settings, steps)
     took = time.perf_counter() - began
     each = batch if what == "dpo" else batch * length
     return {"seconds": took if pairs else each / found["rate"], "peak": found["peak"]}
+
+
+def split(length: int) -> tuple[int, int]:
+    """Tokens of the prompt and of the answer in a row of `length`."""
+    answer = round(0.6 * length)
+    return length - answer, answer
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------
@@ -95,7 +103,7 @@ def measure(rounds: int = 1) -> Found:
                     folder = Path(name) / f"{size}-layers"
                     _process({"write": str(folder), "shape": {"num_hidden_layers": size}})
                     base = {"base": str(folder)}
-                found[what][str(size)] = _median(asked | base, rounds, f"{what} {size}")
+                found[what][str(size)] = median(asked | base, rounds, f"{what} {size}")
         found["large"] = large(Path(name) / "large", rounds)
     return found
 
@@ -108,11 +116,12 @@ def large(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     for what in ("sft", "dpo"):
         for name, quantization in (("16-bit", None), ("NF4", training.NF4)):
             asked = {"what": what, "length": LENGTH, "batch": 1, "steps": 2, "base": str(folder)}
-            found[f"{what}, {name}"] = _median(asked | {"quantization": quantization}, rounds, f"large {what} {name}")
+            found[f"{what}, {name}"] = median(asked | {"quantization": quantization}, rounds, f"large {what} {name}")
     return found
 
 
-def _median(asked: dict[str, Any], rounds: int, said: str) -> dict[str, float]:
+def median(asked: dict[str, Any], rounds: int, said: str) -> dict[str, float]:
+    """What `one` finds in a process of its own, the median of so many."""
     runs = [_process(asked) for _ in range(rounds)]
     found = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "peak")}
     print(f"growth: {said}: {found['seconds']:.3g} s, {found['peak'] / GIB:.2f} GiB", file=sys.stderr, flush=True)

@@ -187,7 +187,7 @@ def _trained(trainer: Any, clock: Any, settings: dict[str, Any], each: float | N
     if "trl" in settings:
         trainer.train()
     else:
-        training.train(trainer, Path(trainer.args.output_dir), {})
+        training.train(trainer, Path(trainer.args.output_dir), settings.get("train", {}))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"rate": clock.rate(each), "loss": losses[0]}
 

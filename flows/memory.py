@@ -27,8 +27,9 @@ TILE, TILE_BYTES, TILE_BYTES_TORCH = (4096, 32768), 2, 31
 OPTIMIZER = {"adamw": 8.0, "adam": 8.0, "lion": 4.0, "sgd": 0.0, "adafactor": 4.0, "rmsprop": 4.0, "ademamix": 12.0}
 # Measured on 2 cores with torch 2.13.0, see docs/plan.md.
 PROCESS = 631 * MIB  # resident after imports (565), and the libraries that the first step brings in (66)
-SLACK = 185 * MIB  # what the allocator holds beyond what is in use, after loading and quantising
-HOLES = 0.3  # of the activations: holes between them in the heap, which `fast.keep_pages` never gives back
+SLACK = 180 * MIB  # what the allocator holds beyond what is in use, after loading and quantising
+# activations of one layer that its backward pass and the holes in the heap take, which `fast.keep_pages` never gives back
+HELD = 12.5
 KERNELS, KERNELS_MOST = 20 * MIB, 1050 * MIB  # oneDNN's compiled products: for each new batch shape, and its limit
 # NVIDIA's context and PyTorch's caching allocator: a usual allowance, not measured
 CONTEXT, GPU_HOLES = 500 * MIB, 0.1
@@ -238,7 +239,8 @@ def training(
     casts = device.width * trained if device.width < 4 else 0  # 16-bit copies of A and B, one of each a step
     head = head_bytes(facts, device, tokens, packed)
     scores = score_bytes(facts, batch) if packed else 0
-    step = kept + layer + scores + head
+    passing = max(HELD * layer + scores, head) if device.kind == "cpu" else layer + scores + head
+    step = kept + passing
     rest = 0.0
     if evaluated:
         count = evaluated.tokens if packed else evaluated.padded
@@ -247,16 +249,14 @@ def training(
     # five float32 tables: both models, a difference, an exponential, a product
     tables = 20 * kl * facts["vocabulary"]
     rest = max(rest, tables) if device.kind != "cpu" else rest
-    holes = (HOLES if device.kind == "cpu" else GPU_HOLES) * kept
     parts = [
         *loaded(facts, quantization, device, batch.shapes),
         Part(f"adapter, {trained / 1e6:.1f} M × float32" + (f", and {copies} copy" if copies else ""), 4 * trained * (1 + copies)),
         Part("gradients, float32", 4 * trained),
         Part(f"optimizer {section['optim']}", optimizer_bytes(section["optim"], trained)),
-        Part(name, int(kept + layer + casts)),
-        Part("head and loss", int(head)),
-        *([Part("attention scores of one layer", scores)] if packed else []),
-        Part("holes between activations", int(holes)),
+        Part(name, int(kept + casts)),
+        Part("one layer's backward pass with its holes, or the head", int(passing)),
+        *([Part("holes between activations", int(GPU_HOLES * kept))] if device.kind != "cpu" else []),
     ]  # fmt: skip
     if tables and device.kind == "cpu":  # blocks so large find no hole, and come on top
         parts.append(Part(f"KL to the reference, {kl:,} tokens over the vocabulary", tables))
@@ -283,7 +283,7 @@ def head_bytes(facts: dict[str, Any], device: Device, tokens: int, packed: bool)
 def loaded(
     facts: dict[str, Any], quantization: dict[str, Any] | None, device: Device, shapes: int = 1_000_000
 ) -> list[Part]:
-    """The process and the model in it. On a CPU safetensors maps the file: 16-bit weights are its pages."""
+    """The process and the model in it. On a CPU safetensors maps the file: weights in 16 bits are its pages."""
     name = "weights, " + quantised(quantization, device.width)
     if device.kind != "cpu":
         return [Part("CUDA context", CONTEXT), Part(name, weight_bytes(facts, quantization))]
@@ -293,10 +293,14 @@ def loaded(
     ]
     if device.width == 2 and not quantization:
         return [*process, Part(f"{name}, pages of the model's file", weight_bytes(facts, None))]
+    if quantization:  # of the file, `models.load` keeps nothing
+        parts = [Part(name, weight_bytes(facts, quantization, device.width))]
+        if quantization.get("load_in_4bit"):
+            largest = max(inner * out for shapes in facts["linear_shapes"].values() for inner, out, _ in shapes)
+            parts.append(Part("the largest weight, dequantised", device.width * largest))
+        return [*process, *parts]
     mapped = Part("model file, mapped", 2 * facts["parameters"], mapped=True)
-    if device.width == 2:  # what is not quantised stays in the file
-        return [*process, mapped, Part(name, linear_bytes(facts, quantization))]
-    return [*process, mapped, Part(name, weight_bytes(facts, quantization, 4))]
+    return [*process, mapped, Part(name, weight_bytes(facts, None, 4))]
 
 
 def quantised(quantization: dict[str, Any] | None, width: int = 2) -> str:

@@ -164,9 +164,7 @@ def test_four_bits_are_dequantised_as_bitsandbytes_does(
     """To the bit: by its kernel into one space, whose contents last until the next weight, or else by its own function."""
     torch.manual_seed(0)
     space = fast._Space()
-    weights = [
-        quantize_4bit(torch.randn(shape, dtype=dtype), None, None, blocksize, nested, kind) for _ in range(2)
-    ]
+    weights = [quantize_4bit(torch.randn(shape, dtype=dtype), None, None, blocksize, nested, kind) for _ in range(2)]
     places = set()
     for packed, state in weights:
         found = space.dequantize(packed, state)
