@@ -396,7 +396,8 @@ class _Space:
         kernel = f"cdequantize_blockwise_cpu_{state.quant_type}_{KERNELS.get(state.dtype)}"
         *_, width = state.shape
         if not hasattr(native, kernel) or width % 2 or state.blocksize > 1024:  # it has other ways for these
-            return dequantize_4bit(packed, state)
+            own: Tensor = dequantize_4bit(packed, state)
+            return own
         count = math.prod(state.shape)
         if self.held.numel() < count or self.held.dtype != state.dtype:
             self.held = torch.empty(count, dtype=state.dtype)
