@@ -384,8 +384,8 @@ class _Space:
     """Where 4-bit weights are dequantised, each over the one before.
 
     A tensor of its own for each leaves a hole in the heap, in which what lives longer settles, so that the next finds no
-    place: up to a third of a large model in 16 bits was lost so, in some runs and not in others. bitsandbytes 0.50.2 has
-    `out=` for CUDA only, but its kernel for the CPU writes where it is told to.
+    place: up to half of what a model of 0.9 billion parameters takes in 16 bits was lost so, in some runs and not in others.
+    bitsandbytes 0.50.2 has `out=` for CUDA only, but its kernel for the CPU writes where it is told to.
     """
 
     def __init__(self) -> None:
