@@ -109,7 +109,9 @@ def test_two_clones_with_one_cache(repo: Path, tmp_path: Path) -> None:
     said = {folder: small.finish(process) for folder, process in both.items()}
     for folder, process in both.items():
         if process.returncode:
-            known = r"No such file or directory: '\S+/cache/runs/\S+\.tmp'|unable to remove '\S+' without a confirmation"
+            known = (
+                r"No such file or directory: '\S+/cache/runs/\S+\.tmp'|unable to remove '\S+' without a confirmation"
+            )
             assert re.search(known, said[folder]), said[folder]
             run("dvc repro -q", folder, PYTHONPATH=str(ROOT))
     sound(tmp_path / "cache")
