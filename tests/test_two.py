@@ -98,8 +98,8 @@ def test_two_clones_with_one_cache(repo: Path, tmp_path: Path) -> None:
     """Two `dvc repro` at the same time write the same cache files.
 
     One may fail: in the moment in which both record the same run, DVC 3.67.1 takes the other's unfinished file of the run cache
-    for a damaged one and removes it (`dvc/stage/cache.py`, `_load_cache`), or finds an output that is not in the cache yet and
-    will not replace it unasked. Nothing is broken then, and it goes on when called again.
+    for a damaged one and removes it (`dvc/stage/cache.py`, `_load_cache`); or it says that it will not
+    remove an output unasked, seen twice and not traced. Either way the next call has to go on, and nothing may be broken.
     """
     other = fork(repo, tmp_path / "other")
     for folder in (repo, other):
