@@ -122,7 +122,7 @@ def run(
 
 def _load(folder: Path, base: Path, quantization: dict[str, Any] | None) -> Any:
     if (folder / "adapter_config.json").is_file():
-        return models.load_merged(base, folder, quantization)
+        return models.load_merged(base, folder, quantization).to(models.compute_dtype())
     return models.load(folder, None)
 
 

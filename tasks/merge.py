@@ -47,6 +47,9 @@ def run(
     best, kept = "", None
     for name, onto in names.items():
         candidate = models.load_merged(base, adapter, quantization, onto_dequantized=onto)
+        saved = candidate.dtype
+        # measured in what is fast here and holds every value that is saved
+        candidate = candidate.to(torch.promote_types(saved, models.compute_dtype()))
         found[name] = compare(target, distributions(candidate, held_out))
         if kept is None or found[name]["kl"] < found[best]["kl"]:
             best, kept = name, candidate
@@ -65,7 +68,7 @@ def run(
         )
     shutil.rmtree(model, ignore_errors=True)
     kept.config._name_or_path = kept.name_or_path = ""
-    kept.save_pretrained(str(model), max_shard_size=params.max_shard_size)
+    kept.to(saved).save_pretrained(str(model), max_shard_size=params.max_shard_size)
     chat.load_tokenizer(base).save_pretrained(str(model))
     with (adapter / "adapter_model.safetensors").open("rb") as weights:
         lineage = {"DPO adapter": hashlib.file_digest(weights, "sha256").hexdigest()}

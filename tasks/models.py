@@ -14,7 +14,14 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    set_seed,
+)
 
 from tasks import fast, weights
 from tasks.params import UserError
@@ -208,7 +215,9 @@ def load_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool) -> P
 def load_merged(
     base: Path, adapter: Path, quantization: dict[str, Any] | None, *, onto_dequantized: bool = True
 ) -> PreTrainedModel:
-    """The base with `adapter` merged into its weights, in float32, then rounded to 16 bits.
+    """The base with `adapter` merged into its weights, in float32, then rounded to the dtype of the base's files.
+
+    That dtype is `base.dtype` and no matter of the machine; `to(compute_dtype())` is what computes fast.
 
     An adapter trained on a quantised base was trained around the quantisation error. `onto_dequantized` merges it into
     that base's values; else into the original weights. See docs/decisions/0006-merge.md for how they compare.
@@ -222,10 +231,15 @@ def load_merged(
                 if hasattr(getattr(module, "weight", None), "quant_state") or type(module).__name__ == "Linear8bitLt":
                     originals[f"{name}.weight"].copy_(dequantized(module))
         del quantized
-    dtype = original.dtype
     adapted = load_adapter(original.float(), adapter, trainable=False).float()
     merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    return merged.to(dtype).eval()
+    return merged.to(stored_dtype(base)).eval()
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of a saved model's weights, as its config.json has it."""
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    return config.dtype or torch.float32  # transformers' own default
 
 
 def dequantized(module: nn.Module) -> Tensor:

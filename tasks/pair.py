@@ -250,7 +250,7 @@ def _answers(
 ) -> list[str]:  # fmt: skip
     """What the SFT model says by itself: the natural rejected side of a question that it should decline."""
     tokenizer = chat.load_tokenizer(base)
-    model = models.load_merged(base, adapter, quantization)
+    model = models.load_merged(base, adapter, quantization).to(models.compute_dtype())
     prompts = [chat.encode_prompt(tokenizer, row["messages"], template.system) for row in rows]
     return models.generate(
         model, tokenizer, prompts, generation, max_new_tokens=64, batch_size=32, progress="SFT answers"

@@ -178,6 +178,19 @@ def test_merging_in_float32_is_exact_up_to_one_rounding(tiny: Path, tmp_path: Pa
     assert not torch.equal(plain.model.layers[0].mlp.up_proj.weight, wanted.to(merged.dtype))
 
 
+@pytest.mark.parametrize("computing", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_merged_model_has_the_dtype_of_its_base_on_any_machine(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computing: torch.dtype
+) -> None:
+    models.save_adapter(_trained(tiny), tmp_path)
+    monkeypatch.setattr(models, "compute_dtype", lambda: computing)
+    assert {p.dtype for p in models.load(tiny, None).parameters()} == {computing}
+    for stored in (torch.bfloat16, torch.float32):
+        base = tmp_path / str(stored)
+        models.load(tiny, None).to(stored).save_pretrained(base)
+        assert {p.dtype for p in models.load_merged(base, tmp_path, NF4).parameters()} == {stored}
+
+
 def test_saved_adapter_names_no_path_of_this_machine(tiny: Path, tmp_path: Path) -> None:
     models.save_adapter(_trained(tiny), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]

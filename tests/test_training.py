@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from tasks import base as base_stage
@@ -434,11 +435,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_measures_both_and_keeps_the_closer(
-    tiny: Path, facts: Path, trained: Path, rows: Path, sources: Path, tmp_path: Path
+    tiny: Path, facts: Path, trained: Path, rows: Path, sources: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
+    """The merged model is saved in the dtype of the base's files, whatever this machine computes in."""
+    stored = shutil.copytree(tiny, tmp_path / "base")
+    models.load(tiny, None).to(dtype).save_pretrained(stored)
     merge.run(
-        tiny,
+        stored,
         facts,
         trained / "adapter",
         rows,
@@ -463,8 +468,11 @@ def test_merge_measures_both_and_keeps_the_closer(
         "tokenizer_config.json",
     ]
     reloaded = models.load(tmp_path / "model", None)
-    again = models.load_merged(tiny, trained / "adapter", NF4)
+    again = models.load_merged(stored, trained / "adapter", NF4).to(models.compute_dtype())
     assert all(torch.equal(a, b) for a, b in zip(reloaded.parameters(), again.parameters(), strict=True))
+    with safe_open(tmp_path / "model/model.safetensors", "pt") as saved:
+        assert {saved.get_tensor(name).dtype for name in saved.keys()} == {dtype}  # noqa: SIM118  (no mapping)
+    assert f"torch.{json.loads((tmp_path / 'model/config.json').read_text())['dtype']}" == str(dtype)
     assert "quantization_config" not in json.loads((tmp_path / "model/config.json").read_text())
 
 
@@ -480,7 +488,7 @@ def test_merge_fails_above_its_limit(
             sources,
             tmp_path / "model",
             tmp_path / "metrics.json",
-            params=Merge(max_kl=0.0),
+            params=Merge().model_copy(update={"max_kl": -1.0}),  # in 32 bits the closer one may be no further than 0
             quantization=NF4,
         )
     assert not (tmp_path / "model").exists()
