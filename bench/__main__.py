@@ -25,25 +25,17 @@ from bench import data, growth, memory, noop, peers, training
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "tmp/bench"
-PAGE = ROOT / "docs/benchmarks.md"
-WHY = (
-    "What stands in the way of the bars that are missed:", "",
-    "- *× the fastest peer*: for SFT that is LLaMA-Factory with tcmalloc, for DPO TRL with its reference cached and tcmalloc. The",
-    "  last column is what would be left if everything but the products took no time: for SFT less than the bar. A second process,",
-    "  forked, for half of each batch, with one thread each, was built, measured and thrown away: 0.97 of one process with two",
-    "  threads for SFT and for DPO, 0.94 for SFT in NF4 (two runs each of the first, one of the others). The products are no faster",
-    "  that way: 2,160 tokens/s of two processes, 1,880 and 2,150 of one (frozen layers alone, forward and backward, two runs).",
-    "- *× TRL's defaults, SFT*: just below. 16-bit varied from 685 to 924 tokens/s in its rounds, NF4 from 733 to 879; in two rounds",
-    "  before, of the same code but for NF4, the ratios were 4.12 and 3.76. The products would reach the bar in two thirds of the time.",
-    "- *Memory at 0.13 billion parameters*: libraries are 0.6 GiB of the peak, activations most of the rest, and 4 bits save 0.15.",
-    "  At 0.9 billion, where weights matter, both are met (`large model` below).",
-    "- *`dvc repro`*: about 210 ms of CPU time beyond ten stages of `true`: 41 the import of pyparsing, for the `${…}` of `foreach`;",
-    "  37 the status of 207 dependencies and outputs, and 24 their entries in DVC's lock of paths; 31 params.yaml, parsed for each",
-    "  stage; 31 dvc.yaml and dvc.lock, parsed twice. All but the first grow with what is declared, and every input is.",
-    "- *`dpo.beta`*: what has to run again is DPO and the evaluation of its model. One epoch of DPO instead of two would come to about",
-    "  0.34, and was tried: 0.39 of a definition's words in the answer instead of 0.68, and 28 % of invented terms declined",
-    "  instead of 72 %. The quality is worth more.",
-)  # fmt: skip
+PAGE = training.PAGE
+ABOUT = {
+    True: (
+        "This is a CPU with products in bf16 (AVX512-BF16); one without them is on [a page of its own](benchmarks-float32.md).",
+    ),
+    False: (
+        "This is a CPU without products in bf16 (AVX2), on which reforge computes in float32, and everything beside it too, since",
+        "torch takes up to a hundred times longer for them in bf16. A CPU that has them is on [a page of its own](benchmarks.md).",
+    ),
+}
+LIMITS = ROOT / "bench" / PAGE.name.replace("benchmarks", "limits")  # what stands in the way of bars, by hand
 ONCE = ("growth", "memory", "stages", "data")  # long, so one process of each
 AFTER_DPO = ("dpo", "merge", "evaluate@dpo", "report")
 LARGEST = """\
@@ -138,10 +130,11 @@ def page(found: dict[str, Any], machines: dict[str, list[str]]) -> str:
         "Made by `make bench`; ratios of one run on one machine. `bench/` says what each part does; each system runs in a",
         "process of its own, in turn with the others, and the median of the rounds is given (one round is one figure). First",
         "losses are comparable within one precision and one order of rows: grouping by length begins with other rows.", "",
+        *ABOUT[training.BF16], "",
         *(f"- {', '.join(parts)}: {name}" for name, parts in machines.items()), "",
         "| work | bar | found | | the products alone |", "| --- | --- | --- | --- | --- |", *bars(found, any("beside" in name for name in machines)), "",
         "The products alone are the matrix products of a step and nothing else (`products` below): what no training on these",
-        "cores can pass.", "", *WHY, "",
+        "cores can pass.", "", *LIMITS.read_text().splitlines(), "",
     ]  # fmt: skip
     for part in training.SYSTEMS:
         if part in found:
@@ -198,6 +191,7 @@ def profile(stages: dict[str, dict[str, float]]) -> list[str]:
 def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
     """A line of the table for each bar whose parts were measured; `disturbed`: profile and data stages were not on an idle machine."""
     out: list[str] = []
+    bits = training.BITS
 
     def bar(what: str, asked: str, value: float, met: bool, limit: float | None = None) -> None:
         most = "" if limit is None else f"{limit:.2f}"
@@ -214,16 +208,16 @@ def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
             if name.startswith("reforge"):
                 for other, figure, asked in (
                     ("the fastest peer", max(others), over_peer),
-                    ("TRL's defaults", rates["TRL, its defaults"], over_trl),
+                    (f"TRL's{training.DEFAULTS[8:]}", rates[training.DEFAULTS], over_trl),
                 ):
                     limit = alone and alone / figure
                     bar(f"{what}, {name[9:]}, × {other}", f"≥ {asked}", rate / figure, rate / figure >= asked, limit)
         if alone and what == "sft":
-            share = rates["reforge, 16-bit"] / alone
-            bar("sft, 16-bit, share of the products alone", "≥ 0.6", share, share >= 0.6, 1.0)
-        peaks = [found[what][f"reforge, {kind}"]["peak"] for kind in ("NF4", "16-bit")]
+            share = rates[f"reforge, {bits}"] / alone
+            bar(f"sft, {bits}, share of the products alone", "≥ 0.6", share, share >= 0.6, 1.0)
+        peaks = [found[what][f"reforge, {kind}"]["peak"] for kind in ("NF4", bits)]
         ratio = peaks[0] / peaks[1]
-        bar(f"{what}, peak memory of NF4 × that of 16-bit, 0.13 billion parameters", "≤ 0.75", ratio, ratio <= 0.75)
+        bar(f"{what}, peak memory of NF4 × that of {bits}, 0.13 billion parameters", "≤ 0.75", ratio, ratio <= 0.75)
     for what, ratio in growth.ratios(found["growth"]).items() if "growth" in found else ():
         bar(f"{what}, the same, 0.9 billion parameters", "≤ 0.75", ratio, ratio <= 0.75)
     for what, asked in (("reference", 2.0), ("answers", 3.0), ("options", 3.0)):

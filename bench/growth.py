@@ -114,7 +114,7 @@ def large(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     size = next(folder.glob("*.safetensors")).stat().st_size
     found: dict[str, dict[str, float]] = {"weights": {"seconds": 0.0, "peak": size}}
     for what in ("sft", "dpo"):
-        for name, quantization in (("16-bit", None), ("NF4", training.NF4)):
+        for name, quantization in ((training.BITS, None), ("NF4", training.NF4)):
             asked = {"what": what, "length": LENGTH, "batch": 1, "steps": 2, "base": str(folder)}
             found[f"{what}, {name}"] = median(asked | {"quantization": quantization}, rounds, f"large {what} {name}")
     return found
@@ -154,7 +154,7 @@ def slope(points: Iterable[tuple[float, float]]) -> float:
 def ratios(found: Found) -> dict[str, float]:
     """`sft` and `dpo` → peak of NF4 over that of 16 bits, of the large model."""
     return {
-        what: found["large"][f"{what}, NF4"]["peak"] / found["large"][f"{what}, 16-bit"]["peak"]
+        what: found["large"][f"{what}, NF4"]["peak"] / found["large"][f"{what}, {training.BITS}"]["peak"]
         for what in ("sft", "dpo")
     }
 
@@ -163,7 +163,7 @@ def section(found: Found) -> str:
     """Markdown of all of it; its plots are written to docs/images."""
     lines = [
         "## Cost against size", "",
-        f"SFT of 16-bit LoRA, seconds of a step: against tokens per row (2 rows), rows (of 64 tokens), layers (2 rows of {LENGTH}",
+        f"SFT of {training.BITS} LoRA, seconds of a step: against tokens per row (2 rows), rows (of 64 tokens), layers (2 rows of {LENGTH}",
         f"tokens). DPO: seconds of all of it, from loading to the last step, against pairs of {LENGTH} tokens a side. Slopes on",
         "logarithms of both axes: 1 is proportional, below it a fixed cost is in it.", "",
     ]  # fmt: skip
@@ -171,7 +171,7 @@ def section(found: Found) -> str:
     for what, key in shown:
         unit = GIB if key == "peak" else 1
         points = [(int(size), figures[key] / unit) for size, figures in found[what].items()]
-        name = f"benchmarks-{what}-{key}.svg"
+        name = f"{training.PAGE.stem}-{what}-{key}.svg"
         label = "GiB at the peak" if key == "peak" else "seconds"
         _draw(IMAGES / name, points, LABELS[what], label)
         values = ", ".join(f"{size}: {value:.3g}" for size, value in points)
@@ -184,11 +184,11 @@ def section(found: Found) -> str:
         lines += [
             f"A random Llama of {weights / 2 * GIB / 1e9:.2f} billion parameters, whose 16-bit weights are {weights:.2f} GiB; one row",
             f"or pair of {LENGTH} tokens a step:", "",
-            "| large model | seconds a step | peak, GiB | × 16-bit |", "| --- | --- | --- | --- |",
+            f"| large model | seconds a step | peak, GiB | × {training.BITS} |", "| --- | --- | --- | --- |",
         ]  # fmt: skip
         for name, figures in found["large"].items():
             if name != "weights":
-                plain = found["large"][f"{name.partition(',')[0]}, 16-bit"]["peak"]
+                plain = found["large"][f"{name.partition(',')[0]}, {training.BITS}"]["peak"]
                 peak = figures["peak"]
                 lines += [f"| {name} | {figures['seconds']:.2f} | {peak / GIB:.2f} | {peak / plain:.2f} |"]
         lines += [""]

@@ -4,7 +4,7 @@ The environments are made once, from the pinned versions below, with the torch o
 does not run is a row that says so. torchtune and axolotl are given the tokens themselves, LLaMA-Factory and litgpt text:
 LLaMA-Factory's template then adds one newline to a row, which it counts. Losses are of the completion only, adapters on all
 linear layers but the head, in 32 bits beside a base of 16 where a peer can: torchtune's are of 16, axolotl's base is of 32,
-since that is what they do on a CPU.
+since that is what they do on a CPU. All is of 32 on a CPU without products in bf16.
 """
 
 import json
@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench.training import BASE, BATCH, LORA, RANK, TCMALLOC, WARM, rows
+from bench.training import BASE, BATCH, BF16, DTYPE, LORA, RANK, TCMALLOC, WARM, rows
 
 LLAMA_FACTORY = "llamafactory==0.9.5"
 LITGPT = "litgpt==0.5.13"
@@ -148,7 +148,7 @@ def llama_factory(home: Path, steps: int, checkpointing: bool, stage: str = "sft
             "model_name_or_path": str(BASE), "stage": stage, "do_train": True, "finetuning_type": "lora", "lora_rank": RANK,
             "lora_alpha": LORA["lora_alpha"], "lora_target": "all", "dataset": "rows", "dataset_dir": name,
             "template": "smollm2", "cutoff_len": 512, "per_device_train_batch_size": BATCH, "max_steps": steps + WARM + 1,
-            "learning_rate": 2e-4, "bf16": True, "use_cpu": True, "report_to": "none", "output_dir": f"{name}/out",
+            "learning_rate": 2e-4, "bf16": BF16, "use_cpu": True, "report_to": "none", "output_dir": f"{name}/out",
             "logging_steps": 1, "save_strategy": "no", "disable_gradient_checkpointing": not checkpointing,
             "dataloader_pin_memory": False,
         }  # fmt: skip
@@ -204,7 +204,7 @@ def torchtune(home: Path, steps: int) -> float:
         },
         "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
         "metric_logger": {"_component_": "torchtune.training.metric_logging.DiskLogger", "log_dir": "logs"},
-        "output_dir": "out", "device": "cpu", "dtype": "bf16", "resume_from_checkpoint": False, "seed": 0, "shuffle": True,
+        "output_dir": "out", "device": "cpu", "dtype": DTYPE, "resume_from_checkpoint": False, "seed": 0, "shuffle": True,
         "save_adapter_weights_only": True, "batch_size": BATCH, "epochs": 1, "max_steps_per_epoch": steps + WARM + 1,
         "gradient_accumulation_steps": 1, "clip_grad_norm": 1.0, "compile": False, "log_every_n_steps": 1,
         "log_peak_memory_stats": False, "enable_activation_checkpointing": False, "enable_activation_offloading": False,
@@ -233,7 +233,7 @@ def litgpt(home: Path, steps: int) -> float:
         ]
         command = [
             program, "finetune_lora", str(model), "--data", "JSON", "--data.json_path", f"{name}/rows.json",
-            "--data.val_split_fraction", "0.05", "--data.mask_prompt", "true", "--precision", "bf16-true",
+            "--data.val_split_fraction", "0.05", "--data.mask_prompt", "true", "--precision", "bf16-true" if BF16 else "32-true",
             "--train.micro_batch_size", str(BATCH), "--train.global_batch_size", str(BATCH), "--train.log_interval", "1",
             "--train.max_steps", str(steps + WARM), "--train.epochs", "1", "--eval.initial_validation", "false",
             "--eval.final_validation", "false", "--lora_r", str(RANK), "--lora_alpha", str(LORA["lora_alpha"]), *linear,
@@ -274,8 +274,8 @@ def measure(home: Path, rounds: int, steps: int) -> Found:
         {
             f"{LLAMA_FACTORY}, its defaults": lambda: llama_factory(home, steps, True),
             f"{LLAMA_FACTORY}, no checkpointing, tcmalloc": lambda: llama_factory(home, steps, False),
-            f"{LITGPT}, bf16, tcmalloc": lambda: litgpt(home, steps),
-            f"{TORCHTUNE}, bf16, tcmalloc": lambda: torchtune(home, steps),
+            f"{LITGPT}, {DTYPE}, tcmalloc": lambda: litgpt(home, steps),
+            f"{TORCHTUNE}, {DTYPE}, tcmalloc": lambda: torchtune(home, steps),
             f"{AXOLOTL}, fp32, tcmalloc": lambda: axolotl(home, steps),
         },
     )

@@ -1,8 +1,8 @@
 """Training and scoring of reforge beside TRL, on the same rows, as ratios measured in one run.
 
 Every figure comes from a process of its own; rounds alternate between the systems (A B C A B C …) and medians are given.
-SmolLM2-135M with LoRA r 8 on all linear layers, batches of 4, loss on the completion only, bf16. The first steps of a run
-are not counted. Rows are made of the domain's definitions, of 60 to 146 tokens, 103 in the mean, 60 % of them completion.
+SmolLM2-135M with LoRA r 8 on all linear layers, batches of 4, loss on the completion only, in bf16; in float32 on a CPU that
+has no products in bf16, where bf16 takes torch a hundred times longer. The first steps of a run are not counted. Rows are made of the domain's definitions, of 60 to 146 tokens, 103 in the mean, 60 % of them completion.
 
 - SFT in tokens per second that are no padding, DPO in pairs per second, the reference's log-probabilities in pairs per second.
 - The products of a step alone, forward and backward, in the same units: what no training can beat on these cores. Of DPO with
@@ -29,35 +29,40 @@ RANK = 8
 LORA = {"r": RANK, "lora_alpha": 16, "target_modules": "all-linear"}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 BATCH, WARM = 4, 3  # rows or pairs a step; steps that are not counted
+CPUINFO = Path("/proc/cpuinfo")
+BF16 = CPUINFO.is_file() and "avx512_bf16" in CPUINFO.read_text()  # `models.compute_dtype`, without torch
+DTYPE, BITS = ("bf16", "16-bit") if BF16 else ("fp32", "32-bit")
+PAGE = ROOT / f"docs/benchmarks{'' if BF16 else '-float32'}.md"
+DEFAULTS = f"TRL, its defaults{'' if BF16 else ' but for bf16'}"
 
 # work → system → settings of the process that does it; the first system is reforge, the last is TRL as it comes
 GROUPED = {"train_sampling_strategy": "group_by_length"}
-BEST = {"weights": "bf16", "trl": {"gradient_checkpointing": False}}
+BEST = {"weights": DTYPE, "trl": {"gradient_checkpointing": False}}
 SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
     "sft": {
-        "reforge, 16-bit": {"reforge": GROUPED},
+        f"reforge, {BITS}": {"reforge": GROUPED},
         "reforge, NF4": {"quantization": NF4, "reforge": GROUPED},
-        "TRL, bf16 weights, no checkpointing": BEST,
+        f"TRL, {DTYPE} weights, no checkpointing": BEST,
         "TRL, the same, padding-free, by length, tcmalloc": {
-            "weights": "bf16", "tcmalloc": True,
+            "weights": DTYPE, "tcmalloc": True,
             "trl": {"gradient_checkpointing": False, "padding_free": True, **GROUPED},
         },
-        "TRL, NF4, no checkpointing": {"weights": "bf16", "quantization": NF4, "trl": {"gradient_checkpointing": False}},
-        "TRL, its defaults": {"weights": "fp32", "trl": {}},
+        "TRL, NF4, no checkpointing": {"weights": DTYPE, "quantization": NF4, "trl": {"gradient_checkpointing": False}},
+        DEFAULTS: {"weights": "fp32", "trl": {}},
     },
     "dpo": {
-        "reforge, 16-bit": {},
+        f"reforge, {BITS}": {},
         "reforge, NF4": {"quantization": NF4},
-        "TRL, bf16 weights, no checkpointing": BEST,
+        f"TRL, {DTYPE} weights, no checkpointing": BEST,
         "TRL, the same, reference cached, tcmalloc": {
-            "weights": "bf16", "tcmalloc": True,
+            "weights": DTYPE, "tcmalloc": True,
             "trl": {"gradient_checkpointing": False, "precompute_ref_log_probs": True},
         },
-        "TRL, its defaults": {"weights": "fp32", "trl": {}},
+        DEFAULTS: {"weights": "fp32", "trl": {}},
     },
     "reference": {
         "reforge": {},
-        "TRL, precompute_ref_log_probs": {"weights": "bf16", "trl": {}},
+        "TRL, precompute_ref_log_probs": {"weights": DTYPE, "trl": {}},
     },
     "products": {"sft": {}},
     "products-dpo": {"dpo": {"pairs": True}},
@@ -131,8 +136,8 @@ def _model(settings: dict[str, Any]) -> Any:
         return models.new_adapter(models.load(BASE, settings.get("quantization"), models.attention(200)), LORA, 0)
     quantized = {}
     if given := settings.get("quantization"):
-        quantized["quantization_config"] = BitsAndBytesConfig(**given, bnb_4bit_compute_dtype=torch.bfloat16)
-    dtype = torch.bfloat16 if settings.get("weights", "bf16") == "bf16" else torch.float32
+        quantized["quantization_config"] = BitsAndBytesConfig(**given, bnb_4bit_compute_dtype=models.compute_dtype())
+    dtype = torch.bfloat16 if settings["weights"] == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=dtype, **quantized)
     models.seed_everything(0)
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
@@ -175,7 +180,7 @@ def _arguments(settings: dict[str, Any], steps: int, folder: str) -> dict[str, A
         return training.arguments(own, 0, Path(folder), False) | {"max_length": None}
     theirs: dict[str, Any] = settings["trl"]
     return own | theirs | {
-        "output_dir": folder, "use_cpu": True, "bf16": True, "report_to": "none", "save_strategy": "no", "seed": 0,
+        "output_dir": folder, "use_cpu": True, "bf16": BF16, "report_to": "none", "save_strategy": "no", "seed": 0,
         "max_length": None, "dataloader_pin_memory": False,
     }  # fmt: skip
 
@@ -303,6 +308,8 @@ def _products(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig
 
+    from tasks import models
+
     config = AutoConfig.from_pretrained(BASE)
     width, inner, rank = config.hidden_size, config.intermediate_size, RANK
     keys = width // config.num_attention_heads * config.num_key_value_heads
@@ -321,7 +328,7 @@ def _products(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     tokens, answered = (round(BATCH * statistics.mean(count)) for count in (lengths, answers))
 
     def random_(*shape: int) -> Any:
-        return torch.randn(*shape, dtype=torch.bfloat16)
+        return torch.randn(*shape, dtype=models.compute_dtype())
 
     layers = [
         (

@@ -287,10 +287,9 @@ def loaded(
     name = "weights, " + quantised(quantization, device.width)
     if device.kind != "cpu":
         return [Part("CUDA context", CONTEXT), Part(name, weight_bytes(facts, quantization))]
-    process = [
-        Part("Python, torch and libraries", PROCESS + SLACK),
-        Part("compiled products", min(KERNELS * shapes, KERNELS_MOST)),
-    ]
+    process = [Part("Python, torch and libraries", PROCESS + SLACK)]
+    if device.width == 2:  # oneDNN's; those in float32 are MKL's
+        process.append(Part("compiled products", min(KERNELS * shapes, KERNELS_MOST)))
     if device.width == 2 and not quantization:
         return [*process, Part(f"{name}, pages of the model's file", weight_bytes(facts, None))]
     if quantization:  # of the file, `models.load` keeps nothing
@@ -313,13 +312,25 @@ def quantised(quantization: dict[str, Any] | None, width: int = 2) -> str:
     return f"{quantization.get('bnb_4bit_quant_type', 'fp4')}{double}"
 
 
-def merging(facts: dict[str, Any], quantization: dict[str, Any] | None, kept: int = 0) -> list[Part]:
-    """`models.load_merged`: a float32 copy of the model beside what is left of the 16-bit one, and `kept` merged models."""
-    total = facts["parameters"]
-    parts = [Part("float32 copy to merge into", 4 * total)]
-    if quantization:
-        parts.append(Part("dequantised linear layers", 2 * facts["linear_parameters"]))
-    return [*parts, Part("merged model, 16 bits", 2 * total * kept)] if kept else parts
+def merging(facts: dict[str, Any], quantization: dict[str, Any] | None, width: int, kept: int = 0) -> list[Part]:
+    """`models.load_merged`: a float32 copy of the model beside what is left of the 16-bit one, and `kept` merged models.
+
+    Where models are loaded in float32, `width` 4, it merges into the weights themselves, the quantised ones beside.
+    """
+    parts: list[Part] = []
+    if width == 4 and quantization:
+        parts = [Part(f"weights, {quantised(quantization)}", weight_bytes(facts, quantization, 4))]
+    elif width != 4:
+        parts = [Part("float32 copy to merge into", 4 * facts["parameters"])]
+        if quantization:
+            parts.append(Part("dequantised linear layers", 2 * facts["linear_parameters"]))
+    return [*parts, *merged(facts, width, kept)]
+
+
+def merged(facts: dict[str, Any], width: int, count: int) -> list[Part]:
+    """`count` merged models."""
+    name = f"merged model, {8 * width} bits{f' × {count}' * (count > 1)}"
+    return [Part(name, width * count * facts["parameters"])] if count else []
 
 
 def generating(facts: dict[str, Any], batch: int, length: int) -> list[Part]:

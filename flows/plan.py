@@ -488,11 +488,12 @@ def estimate(name: str, every: dict[str, Any], facts: dict[str, Any], device: De
         if every["pair"].mode != "compose":
             return None
         answers = memory.generating(facts, PAIR_BATCH, longest + PAIR_TOKENS)
-        return _larger(facts, quantization, device, adapter, [_merged(facts, 1), *answers])
+        return _larger(facts, quantization, device, adapter, 1, answers)
     if name == "merge":
         logits = 4 * every["merge"].prompts * longest // 2 * facts["vocabulary"]
         kept = 1 if quantization else 0
-        later = [*memory.merging(facts, quantization, kept), Part("distributions of the held-out rows", 3 * logits)]
+        merging = memory.merging(facts, quantization, device.width, kept)
+        later = [*merging, Part("distributions of the held-out rows", 3 * logits)]
         return Need((*memory.loaded(facts, None, device), adapter, *later))
     if name == "evaluate":
         size, new = every["evaluate"].batch_size, every["evaluate"].max_new_tokens
@@ -500,23 +501,24 @@ def estimate(name: str, every: dict[str, Any], facts: dict[str, Any], device: De
         if instance == "base":
             return Need((*memory.loaded(facts, None, device), *answers))
         both = Part("logits of two models", 10 * min(size, DIVERGENCE_ROWS) * (new + 1) * facts["vocabulary"])
-        merged = _merged(facts, 2)
-        return _larger(facts, quantization, device, adapter, [merged, both])
+        return _larger(facts, quantization, device, adapter, 2, [both])
     return None
 
 
-def _merged(facts: dict[str, Any], count: int) -> Part:
-    return Part(
-        f"merged model, 16 bits × {count}" if count > 1 else "merged model, 16 bits", 2 * count * facts["parameters"]
-    )
-
-
 def _larger(
-    facts: dict[str, Any], quantization: dict[str, Any] | None, device: Device, adapter: Part, after: list[Part]
+    facts: dict[str, Any],
+    quantization: dict[str, Any] | None,
+    device: Device,
+    adapter: Part,
+    models: int,
+    after: list[Part],
 ) -> Need:
-    """Merging comes first, `after` it: the larger of the two."""
-    first = [adapter, *memory.merging(facts, quantization)]
-    larger = max(first, after, key=lambda parts: sum(part.bytes for part in parts))
+    """Merging comes first, then `models` merged ones and what comes `after`: the larger of the two."""
+    first = [adapter, *memory.merging(facts, quantization, device.width)]
+    beside = models - (device.width == 4)  # in float32 the loaded weights themselves become a merged model
+    larger = max(
+        first, [*memory.merged(facts, device.width, beside), *after], key=lambda p: sum(part.bytes for part in p)
+    )
     return Need((*memory.loaded(facts, None, device), *larger))
 
 
