@@ -175,14 +175,16 @@ def kept_per_token(
     if packed:
         attention = w * (query + 2 * key)
     elif device.kind == "cpu" and longest <= 512:  # `models.attention`: eager, keys and values repeated for each head
-        attention = w * 3 * query + (w + 4) * shape["heads"] * longest
+        weights = 4 if w == 4 else w + 4  # softmax in float32, and a copy where that is not the model's
+        attention = w * 3 * query + weights * shape["heads"] * longest
     else:
         attention = w * 4 * query
     inputs: dict[str, int] = {}
     rank = 0
     for name, inner, _, count in targeted(facts, lora):
-        group = SHARED_INPUT.get(name, name) if fused else name
-        if fused:
+        shared = fused or w == 4  # in float32 no layer casts its input to a copy of its own
+        group = SHARED_INPUT.get(name, name) if shared else name
+        if shared:
             inputs[group] = max(inputs.get(group, 0), inner * count)
         else:
             inputs[group] = inputs.get(group, 0) + inner * count
