@@ -237,7 +237,8 @@ def test_reference_scores_are_sums_over_the_answer(tiny: Path, trained: Path, sc
     model = models.load_adapter(models.load(tiny, NF4), trained / "adapter", trainable=False)
     row = records.read(scored).row(0, named=True)
     ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
-    with torch.no_grad(), torch.autocast("cpu", models.compute_dtype()):
+    dtype = models.compute_dtype()
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         logits = model(ids).logits[0].float().log_softmax(-1)
     start = len(row["prompt_ids"])
     wanted = sum(logits[start - 1 + i, token].item() for i, token in enumerate(row["chosen_ids"]))
