@@ -152,7 +152,7 @@ def slope(points: Iterable[tuple[float, float]]) -> float:
 
 
 def ratios(found: Found) -> dict[str, float]:
-    """`sft` and `dpo` → peak of NF4 over that of 16 bits, of the large model."""
+    """`sft` and `dpo` → peak of NF4 over that without quantisation, of the large model."""
     return {
         what: found["large"][f"{what}, NF4"]["peak"] / found["large"][f"{what}, {training.BITS}"]["peak"]
         for what in ("sft", "dpo")

@@ -44,12 +44,11 @@ def run(
     target = distributions(models.load_adapter(models.load(base, quantization), adapter, trainable=False), held_out)
     names = {"dequantized": True, "16bit": False} if quantization is not None else {"16bit": False}
     found: dict[str, dict[str, float]] = {}
-    best, kept = "", None
+    best, kept, stored = "", None, models.stored_dtype(base)
     for name, onto in names.items():
         candidate = models.load_merged(base, adapter, quantization, onto_dequantized=onto)
-        saved = candidate.dtype
         # measured in what is fast here and holds every value that is saved
-        candidate = candidate.to(torch.promote_types(saved, models.compute_dtype()))
+        candidate = candidate.to(torch.promote_types(stored, models.compute_dtype()))
         found[name] = compare(target, distributions(candidate, held_out))
         if kept is None or found[name]["kl"] < found[best]["kl"]:
             best, kept = name, candidate
@@ -68,7 +67,7 @@ def run(
         )
     shutil.rmtree(model, ignore_errors=True)
     kept.config._name_or_path = kept.name_or_path = ""
-    kept.to(saved).save_pretrained(str(model), max_shard_size=params.max_shard_size)
+    kept.to(stored).save_pretrained(str(model), max_shard_size=params.max_shard_size)
     chat.load_tokenizer(base).save_pretrained(str(model))
     with (adapter / "adapter_model.safetensors").open("rb") as weights:
         lineage = {"DPO adapter": hashlib.file_digest(weights, "sha256").hexdigest()}
