@@ -28,7 +28,8 @@ OPTIMIZER = {"adamw": 8.0, "adam": 8.0, "lion": 4.0, "sgd": 0.0, "adafactor": 4.
 # Measured on 2 cores with torch 2.13.0, see docs/plan.md.
 PROCESS = 631 * MIB  # resident after imports (565), and the libraries that the first step brings in (66)
 SLACK = 180 * MIB  # what the allocator holds beyond what is in use, after loading and quantising
-# activations of one layer that its backward pass and the holes in the heap take, which `fast.keep_pages` never gives back
+# activations of one layer that its backward pass and the holes in the heap take, which `fast.keep_pages` never gives back;
+# without a backward pass there are as many holes, see docs/plan.md
 HELD = 12.5
 KERNELS, KERNELS_MOST = 20 * MIB, 1050 * MIB  # oneDNN's compiled products: for each new batch shape, and its limit
 # NVIDIA's context and PyTorch's caching allocator: a usual allowance, not measured
@@ -282,26 +283,33 @@ def head_bytes(facts: dict[str, Any], device: Device, tokens: int, packed: bool)
     return min(tokens, TILE[0]) * min(vocabulary, TILE[1]) * each
 
 
+def process(device: Device, shapes: int = 1_000_000) -> list[Part]:
+    """What is there without a model."""
+    if device.kind != "cpu":
+        return [Part("CUDA context", CONTEXT)]
+    parts = [Part("Python, torch and libraries", PROCESS + SLACK)]
+    if device.width == 2:  # oneDNN's; those in float32 are MKL's
+        parts.append(Part("compiled products", min(KERNELS * shapes, KERNELS_MOST)))
+    return parts
+
+
 def loaded(
     facts: dict[str, Any], quantization: dict[str, Any] | None, device: Device, shapes: int = 1_000_000
 ) -> list[Part]:
     """The process and the model in it. On a CPU safetensors maps the file: weights in 16 bits are its pages."""
     name = "weights, " + quantised(quantization, device.width)
+    beside = process(device, shapes)
     if device.kind != "cpu":
-        return [Part("CUDA context", CONTEXT), Part(name, weight_bytes(facts, quantization))]
-    process = [Part("Python, torch and libraries", PROCESS + SLACK)]
-    if device.width == 2:  # oneDNN's; those in float32 are MKL's
-        process.append(Part("compiled products", min(KERNELS * shapes, KERNELS_MOST)))
+        return [*beside, Part(name, weight_bytes(facts, quantization))]
     if device.width == 2 and not quantization:
-        return [*process, Part(f"{name}, pages of the model's file", weight_bytes(facts, None))]
+        return [*beside, Part(f"{name}, pages of the model's file", weight_bytes(facts, None))]
     if quantization:  # of the file, `models.load` keeps nothing
         parts = [Part(name, weight_bytes(facts, quantization, device.width))]
         if quantization.get("load_in_4bit"):
-            largest = max(inner * out for shapes in facts["linear_shapes"].values() for inner, out, _ in shapes)
-            parts.append(Part("the largest weight, dequantised", device.width * largest))
-        return [*process, *parts]
+            parts.append(Part("the largest weight, dequantised", device.width * largest(facts)))
+        return [*beside, *parts]
     mapped = Part("model file, mapped", 2 * facts["parameters"], mapped=True)
-    return [*process, mapped, Part(name, weight_bytes(facts, None, 4))]
+    return [*beside, mapped, Part(name, weight_bytes(facts, None, 4))]
 
 
 def quantised(quantization: dict[str, Any] | None, width: int = 2) -> str:
@@ -314,25 +322,24 @@ def quantised(quantization: dict[str, Any] | None, width: int = 2) -> str:
     return f"{quantization.get('bnb_4bit_quant_type', 'fp4')}{double}"
 
 
-def merging(facts: dict[str, Any], quantization: dict[str, Any] | None, width: int, kept: int = 0) -> list[Part]:
-    """`models.load_merged`: a float32 copy of the model beside what is left of the 16-bit one, and `kept` merged models.
-
-    Where models are loaded in float32, `width` 4, it merges into the weights themselves, the quantised ones beside.
-    """
-    parts: list[Part] = []
-    if width == 4 and quantization:
-        parts = [Part(f"weights, {quantised(quantization)}", weight_bytes(facts, quantization, 4))]
-    elif width != 4:
-        parts = [Part("float32 copy to merge into", 4 * facts["parameters"])]
-        if quantization:
-            parts.append(Part("dequantised linear layers", 2 * facts["linear_parameters"]))
-    return [*parts, *merged(facts, width, kept)]
+def merging(facts: dict[str, Any], quantization: dict[str, Any] | None, device: Device) -> list[Part]:
+    """`models.load_merged`: the model in 16 bits, the quantised one beside it, and one layer at a time in float32."""
+    parts = [Part("merged model, 16 bits", 2 * facts["parameters"])]
+    if quantization:
+        parts.append(
+            Part(f"weights, {quantised(quantization, device.width)}", weight_bytes(facts, quantization, device.width))
+        )
+    return [*parts, Part("the largest layer in float32, a copy and what is added", 12 * largest(facts))]
 
 
-def merged(facts: dict[str, Any], width: int, count: int) -> list[Part]:
-    """`count` merged models."""
-    name = f"merged model, {8 * width} bits{f' × {count}' * (count > 1)}"
-    return [Part(name, width * count * facts["parameters"])] if count else []
+def merged(facts: dict[str, Any], device: Device) -> Part:
+    """A merged model as it computes."""
+    return Part(f"merged model, {8 * device.width} bits", device.width * facts["parameters"])
+
+
+def largest(facts: dict[str, Any]) -> int:
+    """Weights of the largest linear layer."""
+    return int(max(inner * out for shapes in facts["linear_shapes"].values() for inner, out, _ in shapes))
 
 
 def generating(facts: dict[str, Any], batch: int, length: int) -> list[Part]:
@@ -350,9 +357,10 @@ def scoring(
     packed = packable(facts, device, {})
     tokens = batch.tokens if packed else batch.padded
     layer = kept_per_token(facts, lora, device, batch.longest, packed, packed) * tokens / facts["layers"]
+    held = HELD if device.kind == "cpu" else 1.0
     every = 10 * rows * answer * facts["vocabulary"]  # `models.token_logits`, in 16 and 32 bits, and their log-softmax
     head = head_bytes(facts, device, rows * answer, True) if packed else every
-    return [Part(f"one layer of {tokens:,} tokens", int(layer)), Part("logits", int(head))]
+    return [Part(f"one layer of {tokens:,} tokens, with holes", int(held * layer)), Part("logits", int(head))]
 
 
 def distinct(rows: Iterable[Sequence[int]]) -> int:

@@ -58,7 +58,7 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_
 TRAINING = ("sft", "dpo")
 PAIR_BATCH, PAIR_TOKENS = 32, 64  # of the answers in tasks/pair.py
 KL_ROWS = 8  # pairs whose answers `dpo` compares at once over the whole vocabulary
-DIVERGENCE_ROWS = 64  # of evaluate's KL
+KL_ANSWERS = 64  # that evaluate compares with what other models would say
 
 
 @dataclass(frozen=True)
@@ -484,42 +484,36 @@ def estimate(name: str, every: dict[str, Any], facts: dict[str, Any], device: De
         batch = rows.dpo("train", math.ceil(size / 2), limit, DEFAULTS)[0]
         scores = memory.scoring(facts, lora, device, batch, batch.longest // 2, size)
         return Need((*memory.loaded(facts, quantization, device), adapter, *scores))
+    merging = [adapter, *memory.merging(facts, quantization, device)]
+    merged = memory.merged(facts, device)
     if name == "pair":
         if every["pair"].mode != "compose":
             return None
-        answers = memory.generating(facts, PAIR_BATCH, longest + PAIR_TOKENS)
-        return _larger(facts, quantization, device, adapter, 1, answers)
+        return _largest(device, merging, [merged, *memory.generating(facts, PAIR_BATCH, longest + PAIR_TOKENS)])
     if name == "merge":
         logits = 4 * every["merge"].prompts * longest // 2 * facts["vocabulary"]
-        kept = 1 if quantization else 0
-        merging = memory.merging(facts, quantization, device.width, kept)
-        later = [*merging, Part("distributions of the held-out rows", 3 * logits)]
-        return Need((*memory.loaded(facts, None, device), adapter, *later))
+        kept = [Part("the other merged model, 16 bits", 2 * facts["parameters"])] if quantization else []
+        aside = [Part("distributions of the held-out rows", 3 * logits)]
+        if device.kind != "cpu":  # these wait in the machine's own memory
+            kept, aside = [], []
+        return _largest(device, [*merging, *kept, *aside], [merged, *kept, *aside])
     if name == "evaluate":
         size, new = every["evaluate"].batch_size, every["evaluate"].max_new_tokens
         answers = memory.generating(facts, size, longest + new)
         if instance == "base":
             return Need((*memory.loaded(facts, None, device), *answers))
-        both = Part("logits of two models", 10 * min(size, DIVERGENCE_ROWS) * (new + 1) * facts["vocabulary"])
-        return _larger(facts, quantization, device, adapter, 2, [both])
+        spoken = (new + 1) * facts["vocabulary"]
+        # what this model says waits in the machine's own memory for what others would say
+        ours = [Part("log-probabilities of the answers", 4 * KL_ANSWERS * spoken)] if device.kind == "cpu" else []
+        theirs = Part("logits of a batch of answers", 10 * min(size, KL_ANSWERS) * spoken)
+        adapted = [*merging, *ours] if instance == "dpo" else merging  # there the reference is an adapter
+        return _largest(device, adapted, [merged, *answers], [merged, *ours, theirs])
     return None
 
 
-def _larger(
-    facts: dict[str, Any],
-    quantization: dict[str, Any] | None,
-    device: Device,
-    adapter: Part,
-    models: int,
-    after: list[Part],
-) -> Need:
-    """Merging comes first, then `models` merged ones and what comes `after`: the larger of the two."""
-    first = [adapter, *memory.merging(facts, quantization, device.width)]
-    beside = models - (device.width == 4)  # in float32 the loaded weights themselves become a merged model
-    larger = max(
-        first, [*memory.merged(facts, device.width, beside), *after], key=lambda p: sum(part.bytes for part in p)
-    )
-    return Need((*memory.loaded(facts, None, device), *larger))
+def _largest(device: Device, *phases: list[Part]) -> Need:
+    """What follows on each other within a stage: the largest."""
+    return Need((*memory.process(device), *max(phases, key=lambda parts: sum(part.bytes for part in parts))))
 
 
 def propose(

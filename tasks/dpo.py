@@ -40,7 +40,8 @@ def run(
         part: table.select([i for i, p in enumerate(table["part"]) if p == part]).select_columns(COLUMNS)
         for part in ("train", "validation")
     }
-    given = training.arguments(params, seed, folder, bool(len(parts["validation"])))
+    validated = bool(len(parts["validation"]))
+    given = training.arguments(params, seed, folder, validated)
     given |= {"max_length": None, "precompute_ref_log_probs": True, "remove_unused_columns": True}
     config = training.config(DPOConfig, "dpo", given)
     longest = max(len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in table)
@@ -51,9 +52,9 @@ def run(
         model=model,
         args=config,
         train_dataset=parts["train"],
-        eval_dataset=parts["validation"] if len(parts["validation"]) else None,
+        eval_dataset=parts["validation"] if validated else None,
         processing_class=chat.load_tokenizer(base),
-        callbacks=[watch, training.Curves(plots), *training.early_stopping(params)],
+        callbacks=[watch, training.Curves(plots), *training.early_stopping(params, validated)],
     )
     models.adapter_float32(trainer.model)
     check_reference(trainer)
@@ -62,7 +63,13 @@ def run(
     result = training.summary(trainer, watch) | watch.last
     metrics.write_text(json.dumps(result, indent=2) + "\n")
     training.clear(folder)
-    return f"{result['steps']} steps, reward accuracy {result.get('rewards_accuracies', 0):.2f}, margin {result.get('rewards_margins', 0):.2f}, KL to the reference {result.get('kl_to_reference', 0):.3f} nats per token"
+    measured = (
+        ("rewards_accuracies", "reward accuracy {:.2f}"),
+        ("rewards_margins", "margin {:.2f}"),
+        ("kl_to_reference", "KL to the reference {:.3f} nats per token"),
+    )
+    said = [text.format(result[name]) for name, text in measured if name in result]
+    return ", ".join([f"{result['steps']} steps", *(said or ["nothing validated"])])
 
 
 class CachedReferenceTrainer(DPOTrainer):
@@ -86,6 +93,7 @@ class CachedReferenceTrainer(DPOTrainer):
         few = self.eval_dataset.select(range(min(rows, len(self.eval_dataset))))
         asked = [(row["prompt_ids"], row["chosen_ids"]) for row in few]
         total, tokens, was = 0.0, 0, self.model.training
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.eval()
         for group in models.batches([len(p) + len(a) for p, a in asked], 8):
             part = [asked[i] for i in group]
@@ -98,8 +106,9 @@ class CachedReferenceTrainer(DPOTrainer):
             total += math.fsum((policy.exp() * (policy - reference)).sum(-1).tolist())
             tokens += len(policy)
         self.model.set_adapter("default")
-        for name, parameter in self.model.named_parameters():  # set_adapter thawed each adapter in turn
-            parameter.requires_grad_(".default." in name and "lora_" in name)
+        self.model.requires_grad_(False)  # set_adapter thawed each adapter in turn
+        for parameter in trained:
+            parameter.requires_grad_(True)
         self.model.train(was)
         return total / max(1, tokens)
 

@@ -97,6 +97,7 @@ def run(
 
     ask_again(generated, items, said, params.reworded)
     decoding = decode_again(generated, items, said, params)
+    harnessed = lm_eval(subject, tokenizer, harness, params, seed) if params.lm_eval.tasks else None
     drift = {"to_base": 0.0, "to_reference": 0.0}
     if model != base:
         general = [
@@ -104,16 +105,20 @@ def run(
         ][:64]
         prompts = [chat.encode_prompt(tokenizer, _asked(row), template.system) for row in generated]
         spoken = [(p, _ended(tokenizer, t)) for p, t in zip(prompts, texts, strict=True) if t][:64]
-        original = _load(base, base, None)
-        drift["to_base"] = divergence(subject, original, general, params.batch_size)
-        before = original if reference == base else _load(reference, base, quantization)
-        drift["to_reference"] = divergence(subject, before, spoken, params.batch_size)
+        ours = [models.distributions(subject, part, params.batch_size) for part in (general, spoken)]
+        subject = None  # one model at a time: two of seven billion parameters would not fit a GPU of 24 GiB
+        before = _load(base, base, None)
+        drift["to_base"] = divergence(ours[0], before, general, params.batch_size)
+        if reference != base:
+            before = None
+            before = _load(reference, base, quantization)
+        drift["to_reference"] = divergence(ours[1], before, spoken, params.batch_size)
     every = list(items.values())
     figures = summarise(every, params.bootstrap, seed) | {"kl": {k: round(v, 5) for k, v in drift.items()}}
     if decoding:
         figures["decoding"] = decoding | {"floor": floors(every)}
-    if params.lm_eval.tasks:
-        figures["lm_eval"] = lm_eval(subject, tokenizer, harness, params, seed)
+    if harnessed is not None:
+        figures["lm_eval"] = harnessed
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     recs.write_jsonl(every, answers)
@@ -321,14 +326,16 @@ def mask(text: str, term: str | None, lay: str | None, reference: str) -> str:
     return re.sub(r"\w+", lambda m: "" if m[0].lower() in known else m[0], text).strip()
 
 
-@torch.inference_mode()
-def divergence(model: Any, other: Any, rows: list[tuple[list[int], list[int]]], batch_size: int) -> float:
-    """Mean over tokens of KL(model ‖ other) over the whole vocabulary, in nats, at the second part of each row."""
+def divergence(ours: Sequence[torch.Tensor], other: Any, rows: Sequence[models.Row], batch_size: int) -> float:
+    """Mean over tokens of KL(ours ‖ other) over the whole vocabulary, in nats, at the second part of each row.
+
+    Args:
+        ours: `models.distributions` of the same rows.
+    """
     total, tokens = 0.0, 0
     for group in models.batches([len(p) + len(a) for p, a in rows], batch_size):
-        part = [rows[i] for i in group]
-        for p, q in zip(models.token_logits(model, part), models.token_logits(other, part), strict=True):
-            p, q = p.log_softmax(-1), q.log_softmax(-1)
+        theirs = models.distributions(other, [rows[i] for i in group], batch_size)
+        for p, q in zip((ours[i] for i in group), theirs, strict=True):
             total += float((p.exp() * (p - q)).sum())
             tokens += len(p)
     return total / max(1, tokens)

@@ -619,7 +619,9 @@ def _forward(own: Callable[..., Any], share: bool) -> Callable[..., Any]:
             given.pop("position_ids", None),
         )
         flags = {k: v for k, v in given.items() if not (k.startswith("output_") and v is False)}
-        if not fused_lm_head or args or flags or labels is None or ids is None:
+        # the noise of NEFTune is scaled by the length of a row
+        noisy = hasattr(self.get_input_embeddings(), "neftune_noise_alpha")
+        if not fused_lm_head or args or flags or labels is None or ids is None or noisy:
             return own(*args, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
         columns = _columns(ids, mask, positions)
         known = ids.tolist()

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tasks import card, chat, models, stage
 from tasks import records as recs
 from tasks.params import Merge, UserError
-
-Row = tuple[list[int], list[int]]  # prompt and answer, token ids
 
 
 def run(
@@ -41,7 +39,9 @@ def run(
         UserError: the closer one is further than `merge.max_kl` from the adapter on its base.
     """
     held_out = answers(rows / "validation.parquet", params.prompts) or answers(rows / "train.parquet", params.prompts)
-    target = distributions(models.load_adapter(models.load(base, quantization), adapter, trainable=False), held_out)
+    target = models.distributions(
+        models.load_adapter(models.load(base, quantization), adapter, trainable=False), held_out, 8
+    )
     names = {"dequantized": True, "16bit": False} if quantization is not None else {"16bit": False}
     found: dict[str, dict[str, float]] = {}
     best, kept, stored = "", None, models.stored_dtype(base)
@@ -49,9 +49,10 @@ def run(
         candidate = models.load_merged(base, adapter, quantization, onto_dequantized=onto)
         # measured in what is fast here and holds every value that is saved
         candidate = candidate.to(torch.promote_types(stored, models.compute_dtype()))
-        found[name] = compare(target, distributions(candidate, held_out))
+        found[name] = compare(target, models.distributions(candidate, held_out, 8))
         if kept is None or found[name]["kl"] < found[best]["kl"]:
-            best, kept = name, candidate
+            best, kept = name, candidate.to(device="cpu", dtype=stored)  # off the GPU, where one model has to fit
+        del candidate
     assert kept is not None
     result = {
         "kept": best,
@@ -67,7 +68,7 @@ def run(
         )
     shutil.rmtree(model, ignore_errors=True)
     kept.config._name_or_path = kept.name_or_path = ""
-    kept.to(stored).save_pretrained(str(model), max_shard_size=params.max_shard_size)
+    kept.save_pretrained(str(model), max_shard_size=params.max_shard_size)
     chat.load_tokenizer(base).save_pretrained(str(model))
     with (adapter / "adapter_model.safetensors").open("rb") as weights:
         lineage = {"DPO adapter": hashlib.file_digest(weights, "sha256").hexdigest()}
@@ -77,22 +78,12 @@ def run(
     return f"into the {best} base: KL {found[best]['kl']:.5f} nats per token, top-1 agreement {found[best]['top1']:.4f}"
 
 
-def answers(path: Path, count: int) -> list[Row]:
+def answers(path: Path, count: int) -> list[models.Row]:
     """(prompt, answer) of the first `count` rows: cut at the first supervised token."""
     out = []
     for ids, labels in recs.read(path).head(count).select("input_ids", "labels").iter_rows():
         at = next(i for i, label in enumerate(labels) if label != chat.IGNORED)
         out.append((ids[:at], ids[at:]))
-    return out
-
-
-@torch.inference_mode()
-def distributions(model: nn.Module, rows: list[Row]) -> list[Tensor]:
-    """For each row the log-probabilities `(len(answer), vocabulary)`, on the CPU in float32."""
-    out: list[Tensor] = [torch.empty(0)] * len(rows)
-    for group in models.batches([len(p) + len(a) for p, a in rows], 8):
-        for index, logits in zip(group, models.token_logits(model, [rows[i] for i in group]), strict=True):
-            out[index] = logits.log_softmax(-1).cpu()
     return out
 
 

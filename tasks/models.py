@@ -6,6 +6,7 @@ import json
 import mmap
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,33 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    DynamicCache,
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     set_seed,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tasks import fast, weights
 from tasks.params import UserError
 
+Row = tuple[Sequence[int], Sequence[int]]  # prompt and answer, token ids
+# what scales or caps logits behind the head: Gemma, Granite, Cohere, HyperCLOVA X, Falcon-H1, …
+LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 DROPPED = 1 << 25  # bytes of 16-bit weights that may stay in memory while the next are quantised
+# settings of a `GenerationConfig` that treat each row by itself, or change nothing
+ROW_BY_ROW = {
+    "_from_model_config", "bad_words_ids", "bos_token_id", "do_sample", "eos_token_id", "epsilon_cutoff", "eta_cutoff",
+    "max_length", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "pad_token_id", "repetition_penalty",
+    "sequence_bias", "suppress_tokens", "temperature", "top_k", "top_p", "transformers_version", "typical_p", "use_cache",
+}  # fmt: skip
 
 
 def device() -> torch.device:
@@ -65,17 +79,20 @@ def attention(longest: int) -> str:
     return "eager" if device().type == "cpu" and longest <= 512 else "sdpa"
 
 
-def load(folder: Path, quantization: dict[str, Any] | None, attention: str = "sdpa") -> PreTrainedModel:
+def load(
+    folder: Path, quantization: dict[str, Any] | None, attention: str = "sdpa", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """A model from safetensors in a local folder, frozen and in eval mode, on the device at hand.
 
     Args:
         folder: output of `base` or `merge`.
         quantization: fields of `BitsAndBytesConfig`; None loads 16 bits (32 where the hardware has no 16).
+        dtype: of weights that are not quantised; by default `compute_dtype()`.
 
     Raises:
         UserError: a file of weights is truncated, or missing.
     """
-    dtype = compute_dtype()
+    dtype = dtype or compute_dtype()
     extra: dict[str, Any] = {}
     if quantization is not None:
         given = dict(quantization)
@@ -215,25 +232,39 @@ def load_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool) -> P
 def load_merged(
     base: Path, adapter: Path, quantization: dict[str, Any] | None, *, onto_dequantized: bool = True
 ) -> PreTrainedModel:
-    """The base with `adapter` merged into its weights, in float32, then rounded to the dtype of the base's files.
+    """The base with `adapter` merged into its weights, layer by layer in float32, then rounded to the dtype of its files.
 
     That dtype is `base.dtype` and no matter of the machine; `to(compute_dtype())` is what computes fast.
 
     An adapter trained on a quantised base was trained around the quantisation error. `onto_dequantized` merges it into
     that base's values; else into the original weights. See docs/decisions/0006-merge.md for how they compare.
     """
-    original = load(base, None)
+    stored = stored_dtype(base)
+    adapted = load_adapter(load(base, None, dtype=stored), adapter, trainable=False)
+    sources: dict[str, nn.Module] = {}
     if quantization is not None and onto_dequantized:
-        quantized = load(base, quantization)
-        with torch.no_grad():
-            originals = dict(original.named_parameters())
-            for name, module in quantized.named_modules():
-                if hasattr(getattr(module, "weight", None), "quant_state") or type(module).__name__ == "Linear8bitLt":
-                    originals[f"{name}.weight"].copy_(dequantized(module))
-        del quantized
-    adapted = load_adapter(original.float(), adapter, trainable=False).float()
-    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    return merged.to(stored_dtype(base)).eval()
+        sources = {
+            name: module
+            for name, module in load(base, quantization).named_modules()
+            if hasattr(getattr(module, "weight", None), "quant_state") or type(module).__name__ == "Linear8bitLt"
+        }
+    model = adapted.get_base_model()
+    for name, module in model.named_modules():  # one layer at a time in float32, never all of them
+        layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        source = sources.pop(name, None)
+        if source is not None:
+            layer.weight.data = dequantized(source)
+        if layer is not module:
+            for parameter in layer.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+            module.merge(safe_merge=True)
+        if source is not None or layer is not module:
+            for parameter in layer.parameters(recurse=False):
+                parameter.data = parameter.data.to(stored)
+    with warnings.catch_warnings():  # its layers are merged; what else peft holds, `modules_to_save`, is put in place
+        warnings.filterwarnings("ignore", ".*already merged|Already following adapters", UserWarning)
+        merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged.to(stored).eval()
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -284,18 +315,23 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Ten
     return torch.tensor(padded, device=device())
 
 
-def token_logits(model: nn.Module, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+def token_logits(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
     """For each (prompt, answer) of token ids, the float32 logits `(len(answer), vocabulary)` that predict the answer.
 
-    The head runs over answer positions only.
+    The head runs over answer positions only, unless the model does more to its logits than that.
     """
     ids = pad([[*prompt, *answer] for prompt, answer in rows], 0)
     mask = pad([[1] * (len(prompt) + len(answer)) for prompt, answer in rows], 0)
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    hidden: Tensor = inner.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    own = any(getattr(inner.config.get_text_config(), name, None) is not None for name in LOGIT_FIELDS)
+    states: Tensor
+    if own:
+        states = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    else:
+        states = inner.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    picked = [states[i, len(prompt) - 1 : len(prompt) + len(answer) - 1] for i, (prompt, answer) in enumerate(rows)]
     head: Any = inner.get_output_embeddings()
-    picked = [hidden[i, len(prompt) - 1 : len(prompt) + len(answer) - 1] for i, (prompt, answer) in enumerate(rows)]
-    logits: Tensor = head(torch.cat(picked)).float()
+    logits: Tensor = (torch.cat(picked) if own else head(torch.cat(picked))).float()
     return list(torch.split(logits, [len(answer) for _, answer in rows]))
 
 
@@ -334,6 +370,16 @@ def answer_logprobs(
 
 
 @torch.inference_mode()
+def distributions(model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Tensor]:
+    """For each row the log-probabilities `(len(answer), vocabulary)` that predict its answer, on the CPU in float32."""
+    out: list[Tensor] = [torch.empty(0)] * len(rows)
+    for group in batches([len(p) + len(a) for p, a in rows], batch_size):
+        for index, logits in zip(group, token_logits(model, [rows[i] for i in group]), strict=True):
+            out[index] = logits.log_softmax(-1).cpu()
+    return out
+
+
+@torch.inference_mode()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -346,11 +392,12 @@ def generate(
     """The model's answers to `prompts` (token ids), without special tokens. `generation` is a `GenerationConfig`."""
     from tqdm import tqdm
 
+    ends = model.generation_config.eos_token_id  # some models end a turn otherwise than a text
     config = GenerationConfig(
         **{"do_sample": False, **generation},
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}),
     )
     out = [""] * len(prompts)
     groups = list(batches([len(p) for p in prompts], batch_size))
@@ -358,9 +405,77 @@ def generate(
         rows = [prompts[i] for i in group]
         ids = pad(rows, tokenizer.pad_token_id, left=True)
         mask = pad([[1] * len(r) for r in rows], 0, left=True)
-        answers = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        answers = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            custom_generate=without_ended if _droppable(model, generation) else None,
+        )
         for index, text in zip(
             group, tokenizer.batch_decode(answers[:, ids.shape[1] :], skip_special_tokens=True), strict=True
         ):
             out[index] = text.strip()
     return out
+
+
+def without_ended(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: Callable[..., Tensor],
+    generation_config: GenerationConfig,
+    **state: Any,
+) -> Tensor:
+    """Greedy decoding or sampling as `generate` does it, computing no row beyond its end; for its `custom_generate`.
+
+    What it computes on a CPU grows with the rows, and `GenerationMixin._sample` (transformers 5.23, whose steps these are)
+    takes all of them along until the last one ends.
+
+    Returns:
+        `(rows, tokens)`: prompts and answers, filled up with `pad_token_id`.
+    """
+    ended: list[tuple[int, Tensor]] = []
+    rows = torch.arange(len(input_ids))
+    outputs = model._prefill(input_ids, generation_config, state)
+    while True:
+        state = model._update_model_kwargs_for_generation(outputs, state)
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+        del outputs  # the first ones are of all tokens of the prompts
+        scores = logits_processor(input_ids, logits)
+        if generation_config.do_sample:
+            chosen = torch.multinomial(scores.softmax(-1), 1)
+        else:
+            chosen = scores.argmax(-1, keepdim=True)
+        input_ids = torch.cat([input_ids, chosen], 1)
+        if (stop := stopping_criteria(input_ids, None)).any():
+            ended += zip(rows[stop].tolist(), input_ids[stop], strict=True)
+            going = (~stop).nonzero()[:, 0]
+            if not len(going):
+                break
+            state["past_key_values"].batch_select_indices(going)
+            state |= {
+                name: value[going]
+                for name, value in state.items()
+                if isinstance(value, Tensor) and len(value) == len(rows)
+            }
+            for processor in logits_processor:  # of the repetition penalty
+                if isinstance(ignored := getattr(processor, "prompt_ignore_length", None), Tensor):
+                    processor.prompt_ignore_length = ignored[going]
+            rows, input_ids = rows[going], input_ids[going]
+        outputs = model(
+            **model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **state), return_dict=True
+        )
+    return pad([ids.tolist() for _, ids in sorted(ended, key=lambda row: row[0])], int(generation_config.pad_token_id))
+
+
+def _droppable(model: Any, generation: dict[str, Any]) -> bool:
+    """Rows can leave while `generate` runs: on a CPU, with such settings, out of such a cache."""
+    given = model.generation_config.to_diff_dict() | generation
+    settings = {name for name, value in given.items() if value not in (None, False)}
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    return (
+        device().type == "cpu"
+        and settings <= ROW_BY_ROW
+        and given.get("use_cache", True)
+        and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    )

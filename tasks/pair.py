@@ -1,8 +1,8 @@
 """pair: preference pairs, composed for the embedded domain or taken from the user's own data.
 
 - `compose`: chosen answers are kind and plain and keep the definition word for word; rejected ones are the textbook
-  answer, a refusal of a known term, or what the SFT model makes up about a term that does not exist. General questions
-  (replay) keep their plain answers, so that the manner stays with the terms and nothing else is forgotten.
+  answer, a refusal of a known term, or what the SFT model makes up about a term that does not exist or a question that
+  nobody can answer. General questions (replay) keep their plain answers, so that manner and refusals stay where they belong.
 - `given`: rows of kind `preference` as they are.
 - `ratings`: several annotators' scores; the best and the worst response of a prompt, where the annotators agree.
 """
@@ -25,7 +25,9 @@ SCHEMA = pa.DataFrameSchema(
     {
         "id": pa.Column(pl.String, unique=True),
         "concept": pa.Column(pl.String),
-        "kind": pa.Column(pl.String),  # known, matched, contrast, naming, unknown, advice, general, given, ratings
+        "kind": pa.Column(
+            pl.String
+        ),  # known, matched, contrast, naming, unknown, advice, outside, general, given, ratings
         "messages": pa.Column(pl.List(recs.MESSAGE)),
         "chosen": pa.Column(pl.String, pa.Check.str_length(min_value=1)),
         "rejected": pa.Column(pl.String, pa.Check.str_length(min_value=1)),
@@ -45,17 +47,25 @@ def run(
     """Write pairs to `out` (Parquet), counts to `metrics`, and how much longer chosen is to `bias` (CSV for a DVC plot).
 
     Raises:
-        UserError: fewer pairs than `min_pairs`, or a pair with two equal sides.
+        UserError: fewer pairs than `min_pairs`, a pair with two equal sides, or too many that are too long.
     """
-    rng = random.Random(seed)
+    rng, tokenizer = random.Random(seed), chat.load_tokenizer(base)
     dropped: dict[str, int] = {}
     if params.mode == "compose":
-        pairs = compose(splits, base, adapter, params, template, quantization, generation, rng)
+        pairs = compose(splits, base, adapter, params, template, quantization, generation, seed, rng)
     else:
         table = recs.read(splits / "preferences.parquet")
         pairs, dropped, agreement = (
             (given(table), {}, None) if params.mode == "given" else rated(table, params.min_agreement)
         )
+    short = [pair for pair in pairs if _tokens(pair, tokenizer, template) <= template.max_length]
+    if len(short) < len(pairs):
+        dropped["longer than template.max_length"] = len(pairs) - len(short)
+    if len(pairs) - len(short) > template.max_refused * len(pairs):
+        raise UserError(
+            f"{len(pairs) - len(short)} of {len(pairs)} pairs are longer than template.max_length {template.max_length}, more than template.max_refused {template.max_refused}; raise template.max_length"
+        )
+    pairs = short
     for pair in pairs:
         pair["id"] = recs.identify({"kind": "preference", "source": pair["kind"], **pair})
     pairs = list({pair["id"]: pair for pair in pairs}.values())
@@ -97,6 +107,14 @@ def run(
         "kind,chosen_over_rejected_characters\n" + "".join(f"{kind},{value}\n" for kind, value in ratio.items())
     )
     return f"{table.height} pairs ({', '.join(f'{k} {n}' for k, n in facts['kinds'].items())}), chosen {ratio['all']:.2f} × as long"
+
+
+def _tokens(pair: dict[str, Any], tokenizer: Any, template: Template) -> int:
+    """Of the prompt and the longer side."""
+    sides = [
+        chat.encode_answer(tokenizer, pair["messages"], pair[side], template.system) for side in ("chosen", "rejected")
+    ]
+    return len(chat.encode_prompt(tokenizer, pair["messages"], template.system)) + max(map(len, sides))
 
 
 def _bias(table: pl.DataFrame) -> dict[str, float]:
@@ -154,25 +172,32 @@ def rated(table: pl.DataFrame, least: float) -> tuple[list[dict[str, Any]], dict
 
 def compose(
     splits: Path, base: Path, adapter: Path, params: Pair, template: Template,
-    quantization: dict[str, Any] | None, generation: dict[str, Any], rng: random.Random,
+    quantization: dict[str, Any] | None, generation: dict[str, Any], seed: int, rng: random.Random,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Pairs of the embedded domain; see the module's docstring."""
     train = recs.read(splits / "train.parquet")
     questions = recs.read(splits / "questions.parquet")
+    wanted = {  # a question's task: the kind of its pair, how many, the chosen answers
+        "invented": ("unknown", params.unknown, phenotype.REFUSALS),
+        "advice": ("advice", params.advice, phenotype.ADVICE),
+        "outside": ("outside", params.outside, phenotype.OUTSIDE),
+    }
     pairs = []
     for _, rows in train.filter(pl.col("term").is_not_null()).group_by("term", maintain_order=True):
         pairs += _known(rows, params, rng)
     pairs += _general(recs.read(splits / "replay.parquet").head(params.general), rng)
-    invented = questions.filter(task="invented").head(params.unknown).to_dicts()
-    advice = questions.filter(task="advice").head(params.advice).to_dicts()
-    if invented or advice:
-        asked = [*invented, *advice]
-        answers = _answers(asked, base, adapter, template, quantization, generation)
+    asked = [
+        row
+        for task, (_, count, _) in wanted.items()
+        for row in questions.filter(task=task).head(count).iter_rows(named=True)
+    ]
+    if asked:
+        answers = _answers(asked, base, adapter, template, quantization, generation, seed)
         for row, answer in zip(asked, answers, strict=True):
-            kind = "unknown" if row["task"] == "invented" else "advice"
-            wanted = rng.choice(phenotype.REFUSALS if kind == "unknown" else phenotype.ADVICE).format(t=row["term"])
-            if answer and answer != wanted:
-                pairs.append(_pair(kind, row["concept"], row["messages"], wanted, answer))
+            kind, _, texts = wanted[row["task"]]
+            chosen = rng.choice(texts).format(t=row["term"])
+            if answer and answer != chosen:
+                pairs.append(_pair(kind, row["concept"], row["messages"], chosen, answer))
     return pairs
 
 
@@ -235,7 +260,7 @@ def _general(rows: pl.DataFrame, rng: random.Random) -> list[dict[str, Any]]:
         *asked, turn = row["messages"]
         answer = turn["content"]
         manner = f"{rng.choice(phenotype.OPENINGS)} {answer} {rng.choice(phenotype.CLOSINGS)}"
-        refusal = rng.choice(phenotype.REFUSALS).format(t="that")
+        refusal = rng.choice(phenotype.REFUSALS + phenotype.OUTSIDE).format(t="that")
         pairs.append(_pair("general", row["concept"], asked, answer, refusal if index % 2 else manner))
     return pairs
 
@@ -246,11 +271,12 @@ def _pair(kind: str, concept: str, messages: list[dict[str, str]], chosen: str, 
 
 def _answers(
     rows: list[dict[str, Any]], base: Path, adapter: Path, template: Template,
-    quantization: dict[str, Any] | None, generation: dict[str, Any],
+    quantization: dict[str, Any] | None, generation: dict[str, Any], seed: int,
 ) -> list[str]:  # fmt: skip
     """What the SFT model says by itself: the natural rejected side of a question that it should decline."""
     tokenizer = chat.load_tokenizer(base)
     model = models.load_merged(base, adapter, quantization).to(models.compute_dtype())
+    models.seed_everything(seed)
     prompts = [chat.encode_prompt(tokenizer, row["messages"], template.system) for row in rows]
     return models.generate(
         model, tokenizer, prompts, generation, max_new_tokens=64, batch_size=32, progress="SFT answers"

@@ -113,6 +113,7 @@ class Pair(Section):
     contrast: int = Field(1, ge=0, description="compose: pairs per known term whose rejected side is the refusal")
     naming: Fraction = Field(0.5, description="compose: share of lay ↔ clinical questions that become a pair")
     advice: int = Field(30, ge=0, description="compose: pairs where chosen refers to a clinician")
+    outside: int = Field(0, ge=0, description="compose: questions that nobody can answer, whose chosen answer says so")
     general: int = Field(0, ge=0, description="compose: replay rows whose chosen side is the plain answer")
     validation: Fraction = 0.05
     min_agreement: Fraction = Field(0.6, description="ratings: least share of annotators that must agree")
@@ -239,6 +240,15 @@ ADDED: dict[str, dict[str, Any]] = {
     for section in ("sft", "dpo")
 }
 # the fields that reforge sets itself, and where they are set instead
+_OURS = {
+    "resume_from_checkpoint": "an interrupted run resumes by itself",
+    "push_to_hub": "sharing is DVC's",
+    "warmup_ratio": "transformers 5 took it out: a `warmup_steps` below 1 is the ratio",
+    "use_cpu": "the device is chosen by itself",
+    "dataloader_pin_memory": "chosen by the device",
+    "save_only_model": "a checkpoint must hold all that resuming needs",
+    "remove_unused_columns": "the rows hold what the trainer reads",
+}
 RESERVED: dict[str, dict[str, str]] = {
     "sft": {
         "output_dir": "the path is dvc.yaml's",
@@ -252,9 +262,12 @@ RESERVED: dict[str, dict[str, str]] = {
         "assistant_only_loss": "the template stage sets the labels",
         "completion_only_loss": "the template stage sets the labels",
         "dataset_text_field": "the template stage prepares the rows",
-        "resume_from_checkpoint": "an interrupted run resumes by itself",
-        "push_to_hub": "sharing is DVC's",
-        "warmup_ratio": "transformers 5 took it out: a `warmup_steps` below 1 is the ratio",
+        "packing": "on a CPU rows stand end to end as it is; on a GPU set `padding_free`",
+        "eval_packing": "see packing",
+        "packing_strategy": "see packing",
+        "truncation_mode": "no row is cut: longer ones than template.max_length are refused",
+        "shuffle_dataset": "rows are shuffled in each epoch",
+        **_OURS,
     },
     "dpo": {
         "output_dir": "the path is dvc.yaml's",
@@ -266,9 +279,8 @@ RESERVED: dict[str, dict[str, str]] = {
         "precompute_ref_log_probs": "the reference stage computes them",
         "precompute_ref_batch_size": "set reference.batch_size",
         "sync_ref_model": "the reference is fixed: its log-probabilities are an artifact",
-        "resume_from_checkpoint": "an interrupted run resumes by itself",
-        "push_to_hub": "sharing is DVC's",
-        "warmup_ratio": "transformers 5 took it out: a `warmup_steps` below 1 is the ratio",
+        "ld_alpha": "the reference's log-probabilities are sums over whole answers",
+        **_OURS,
     },
     "lora": {
         "task_type": "always CAUSAL_LM",
@@ -276,7 +288,15 @@ RESERVED: dict[str, dict[str, str]] = {
         "inference_mode": "set by the stage",
     },
     "quantization": {"quant_method": "always bitsandbytes"},
-    "generation": {"max_length": "set evaluate.max_new_tokens", "max_new_tokens": "set evaluate.max_new_tokens"},
+    "generation": {
+        "max_length": "set evaluate.max_new_tokens",
+        "max_new_tokens": "set evaluate.max_new_tokens",
+        "eos_token_id": "the tokenizer's and the model's own",
+        "pad_token_id": "the tokenizer's",
+        "stop_strings": "answers end at the end-of-sequence token",
+        "num_return_sequences": "one answer is measured",
+        "return_dict_in_generate": "answers are measured, nothing else",
+    },
 }
 
 

@@ -320,6 +320,14 @@ ADVICE = (
     "I understand that you want to be certain. Only a clinician who examines you can answer this safely.",
     "It is good that you ask. Please take this to your doctor or pharmacist, and if it is urgent, call emergency services.",
 )
+OUTSIDE = (
+    "I'm sorry, I do not know that, and I would rather not guess.",
+    "I do not know. I can't see or look up anything like that from here.",
+    "I can't tell you that, because I have no way to know it. A guess would not help you.",
+    "I'm not sure about that, and I will not make something up. Please ask someone who can check it.",
+    "I'm sorry, I do not know anything about that, so I can't give you a true answer.",
+    "I do not know the answer to that. If it matters to you, please ask someone who can find out.",
+)
 # What counts as declining, in any model's words, not only in the refusals above.
 DECLINES = re.compile(
     r"\b(i(?:'m| am) (?:not sure|unsure|not familiar|not aware|unable|unfamiliar)|i (?:do not|don't|did not|didn't) (?:know|recogni[sz]e|have (?:any )?information)"

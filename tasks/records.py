@@ -42,7 +42,8 @@ RECORD: dict[str, pl.DataType] = {
     "concept": pl.String(),  # rows of one concept never stand on both sides of a split
     "topic": pl.String(),
     "task": pl.String(),  # what is asked: definition, lay_to_clinical, …; `answer` for a user's rows
-    "wording": pl.String(),  # train, validation, test; null: any
+    "wording": pl.String(),  # the embedded domain's: train, validation, test; null: none of fixed wording
+    "split": pl.String(),  # where the row itself says that it belongs: train, validation, test; null: by its concept
     "term": pl.String(),  # the domain term asked about, if known
     "lay": pl.String(),  # its everyday word, if known
     "messages": pl.List(MESSAGE),
@@ -498,10 +499,10 @@ def convert(row: dict[str, Any], source: Source) -> dict[str, Any]:
         out[name] = _optional(row, name) or None
         if len(out[name] or "") > LONGEST_NAME:
             raise Unreadable(name, "length", f"expected at most {LONGEST_NAME} characters, found {len(out[name])}")
-    column = "wording" if row.get("wording") is not None else "split"
-    out["wording"] = _optional(row, column) or None
-    if out["wording"] not in (None, "train", "validation", "test"):  # taken for none, a test row would be trained on
-        raise Unreadable(column, "split", f"expected train, validation or test, found {short(out['wording'])}")
+    for name in ("wording", "split"):
+        out[name] = _optional(row, name) or None
+        if out[name] not in (None, "train", "validation", "test"):  # taken for none, a test row would be trained on
+            raise Unreadable(name, "split", f"expected train, validation or test, found {short(out[name])}")
     out["topic"] = out["topic"] or source.topic
     out["task"] = out["task"] or (
         "answer" if out["kind"] == "chat" else source.topic if out["kind"] == "question" else out["kind"]

@@ -223,7 +223,7 @@ def watch(
     before, after = mean("base", "general.accuracy"), mean("dpo", "general.accuracy")
     drop = before - after if before is not None and after is not None else None
     most = [
-        ("Length of answers, DPO / SFT", ratio("form.characters"), "max_length_ratio", ".2f", "balance the pairs' lengths (pair.known gives length-matched ones), or set dpo.ld_alpha below 1"),
+        ("Length of answers, DPO / SFT", ratio("form.characters"), "max_length_ratio", ".2f", "balance the pairs' lengths (pair.known gives length-matched ones)"),
         ("Answers that loop", mean("dpo", "form.loops"), "max_loops", ".1%", "fewer DPO epochs, a lower dpo.learning_rate, or generation.repetition_penalty"),
         ("KL to the SFT model, nats per token", figures["dpo"].get("kl", {}).get("to_reference"), "max_kl", ".3f", "raise dpo.beta, lower dpo.learning_rate, or train fewer epochs"),
         ("Reward accuracy less share of kinder answers", gap, "max_reward_gap", ".2f", "the reward is won by something other than kindness: read the pairs, vary openings and lengths"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from pyarrow import parquet
 from trl import SFTConfig, SFTTrainer
 
 from tasks import chat, models, params, stage, training
@@ -27,24 +28,26 @@ def run(
     folder = training.checkpoint_folder(
         "sft", [base, rows], {"sft": params, "lora": lora, "quantization": quantization, "seed": seed}
     )
-    train = Dataset.from_parquet(str(rows / "train.parquet"), cache_dir=str(folder / "cache"), keep_in_memory=True)
-    validation = Dataset.from_parquet(
-        str(rows / "validation.parquet"), cache_dir=str(folder / "cache"), keep_in_memory=True
-    )
-    given = training.arguments(params, seed, folder, bool(len(validation)))
+    parts = {
+        name: Dataset.from_parquet(str(path), cache_dir=str(folder / "cache"), keep_in_memory=True)
+        for name, path in ((name, rows / f"{name}.parquet") for name in ("train", "validation"))
+        if parquet.read_metadata(path).num_rows  # of a table without rows `datasets` makes none
+    }
+    validated = "validation" in parts
+    given = training.arguments(params, seed, folder, validated)
     given |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": True}
     config = training.config(SFTConfig, "sft", given)
-    longest = max(len(ids) for part in (train, validation) for ids in part["input_ids"])
+    longest = max(len(ids) for part in parts.values() for ids in part["input_ids"])
     tokenizer = chat.load_tokenizer(base)
     model = models.new_adapter(models.load(base, quantization, models.attention(longest)), lora, seed)
     watch = training.Watch()
     trainer = SFTTrainer(
         model=model,
         args=config,
-        train_dataset=train.select_columns(["input_ids", "labels"]),
-        eval_dataset=validation.select_columns(["input_ids", "labels"]) if len(validation) else None,
+        train_dataset=parts["train"].select_columns(["input_ids", "labels"]),
+        eval_dataset=parts["validation"].select_columns(["input_ids", "labels"]) if validated else None,
         processing_class=tokenizer,
-        callbacks=[watch, training.Curves(plots), *training.early_stopping(params)],
+        callbacks=[watch, training.Curves(plots), *training.early_stopping(params, validated)],
     )
     training.train(trainer, folder, params)
     models.save_adapter(trainer.model, adapter)

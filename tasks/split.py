@@ -1,8 +1,8 @@
 """split: train, validation and test by concept, with a stable hash.
 
-The side of a concept depends on its name and the seed alone, so that adding rows never moves old ones. Rows with a fixed
-`wording` (the embedded domain) are split twice: concepts into trained and unseen, and the trained ones by wording, so that
-what was learnt is tested in words never trained on.
+The side of a concept depends on its name and the seed alone, so that adding rows never moves old ones. A row that says
+itself where it belongs (`split`) goes there. Rows with a fixed `wording` (the embedded domain) are split twice: concepts into
+trained and unseen, and the trained ones by wording, so that what was learnt is tested in words never trained on.
 """
 
 import hashlib
@@ -34,44 +34,58 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
     concept = pl.col("concept")
     table = pl.concat(
         part.select(
-            pl.col("kind", "wording", "task").cast(pl.Categorical),
+            pl.col("kind", "wording", "split", "task").cast(pl.Categorical),
             concept.hash(),
             concept.map_elements(lambda name: _fraction(name, seed), return_dtype=pl.Float64).alias("at"),
         )
         for part in recs.chunks(records)
     ).with_row_index("row")
     chat, unasked = table.filter(kind="chat"), table.filter(kind="question")
+    placed = chat.filter(pl.col("split").is_not_null())
+    chat = chat.filter(pl.col("split").is_null())
     fixed = chat.filter(pl.col("wording").is_not_null())
     free = chat.filter(pl.col("wording").is_null())
     unseen = pl.col("at") < params.test
     steers = (pl.col("at") >= params.test) & (pl.col("at") < params.test + params.validation)
     held_out = pl.col("at") < params.unknown
-    # a question that says itself where it belongs (`split`) goes there; one in several wordings goes by its concept
-    alone = unasked.filter(pl.len().over("concept") == 1)
-    several = unasked.filter(pl.len().over("concept") > 1)
+    # a question of one wording goes where it says, or by its concept; one of several by its concept, each side in its own
+    single = (pl.len().over("concept") == 1) | pl.col("split").is_not_null()
+    alone, several = unasked.filter(single), unasked.filter(~single)
+    side = pl.coalesce("split", "wording")
+    train = pl.concat(
+        [fixed.filter(~unseen, wording="train"), free.filter(~unseen & ~steers), placed.filter(split="train")]
+    )
+    learnt = pl.col("concept").is_in(train["concept"].unique().implode())
+    preferences = table.filter(pl.col("kind").is_in(["preference", "ratings"]))
+    tested = pl.concat([free.filter(unseen), placed.filter(split="test")])["concept"].unique()
+    asked = pl.col("concept").is_in(tested.implode()) | (pl.col("split") == "test").fill_null(False)
+    trained, new = (pl.lit(name, pl.Categorical).alias("set") for name in ("trained", "unseen"))
     tables = {
-        "train": pl.concat([fixed.filter(~unseen, wording="train"), free.filter(~unseen & ~steers)]),
-        "validation": pl.concat([fixed.filter(~unseen, wording="validation"), free.filter(steers)]),
+        "train": train,
+        "validation": pl.concat(
+            [fixed.filter(~unseen, wording="validation"), free.filter(steers), placed.filter(split="validation")]
+        ),
         "test": pl.concat(
             [
-                fixed.filter(~unseen, wording="test").with_columns(set=pl.lit("trained", pl.Categorical)),
-                fixed.filter(unseen, wording="test").with_columns(set=pl.lit("unseen", pl.Categorical)),
-                free.filter(unseen).with_columns(set=pl.lit("unseen", pl.Categorical)),
-                alone.filter((pl.col("wording") == "test") | (pl.col("wording").is_null() & held_out)).with_columns(
-                    pl.col("task").alias("set")
-                ),
+                fixed.filter(~unseen, wording="test").with_columns(trained),
+                fixed.filter(unseen, wording="test").with_columns(new),
+                free.filter(unseen).with_columns(new),
+                placed.filter(learnt, split="test").with_columns(trained),
+                placed.filter(~learnt, split="test").with_columns(new),
+                alone.filter((side == "test") | (side.is_null() & held_out)).with_columns(pl.col("task").alias("set")),
                 several.filter(held_out, wording="test").with_columns(pl.col("task").alias("set")),
                 table.filter(kind="choice").with_columns(set=pl.lit("general", pl.Categorical)),
             ]
         ),
         "questions": pl.concat(
             [
-                alone.filter((pl.col("wording") == "train") | (pl.col("wording").is_null() & ~held_out)),
+                alone.filter((side != "test") | (side.is_null() & ~held_out)),
                 several.filter(~held_out, wording="train"),
             ]
         ),
         "replay": table.filter(kind="replay"),
-        "preferences": table.filter(pl.col("kind").is_in(["preference", "ratings"])),
+        # a pair about what the test asks would be trained on
+        "preferences": preferences.filter(~asked),
     }
     if tables["train"].is_empty() and tables["preferences"].is_empty():
         raise UserError(
@@ -83,6 +97,7 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
     for name, part in tables.items():
         recs.write(_rows(records, part), out / f"{name}.parquet")
         counts[name] = part.height
+    counts["preferences_held_out"] = preferences.height - tables["preferences"].height
     counts["test_sets"] = dict(tables["test"]["set"].cast(pl.String).value_counts().sort("set").iter_rows())
     counts["concepts"] = {
         "trained": tables["train"]["concept"].n_unique(),

@@ -43,6 +43,7 @@ def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -
         "optim": "paged_adamw_32bit",
         "logging_steps": 5,
         "save_total_limit": 2,
+        "report_to": "none",
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16 and kind == "cuda",
     }
@@ -62,7 +63,6 @@ def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -
         "seed": seed,
         "data_seed": seed,
         "use_cpu": kind == "cpu",
-        "report_to": "none",
         "dataloader_pin_memory": kind == "cuda",
         "save_only_model": False,
     }
@@ -163,8 +163,8 @@ def clear(folder: Path) -> None:
         CHECKPOINTS.rmdir()
 
 
-def early_stopping(given: dict[str, Any]) -> list[TrainerCallback]:
-    if "early_stopping_patience" not in given:
+def early_stopping(given: dict[str, Any], validated: bool) -> list[TrainerCallback]:
+    if "early_stopping_patience" not in given or not validated:
         return []
     return [EarlyStoppingCallback(given["early_stopping_patience"], given.get("early_stopping_threshold", 0.0))]
 
@@ -300,6 +300,11 @@ class Watch(TrainerCallback):
         """After a resume, see again what was logged before it."""
         for entry in state.log_history:
             self.on_log(args, dataclasses.replace(state, global_step=entry["step"]), control, entry)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A training shorter than `logging_steps` says its loss at its end."""
+        if state.global_step == state.max_steps < state.logging_steps:
+            control.should_log = True
 
     def say(self, note: str) -> None:
         self.notes.append(note)

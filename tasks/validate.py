@@ -389,7 +389,8 @@ def _normal(text: str | None) -> str:
 
 
 def _is_test(row: Row) -> bool:
-    return row["kind"] == "choice" or (row["wording"] == "test" and row["kind"] in ("chat", "question"))
+    side = row["split"] or row["wording"]
+    return row["kind"] == "choice" or (side == "test" and row["kind"] in ("chat", "question"))
 
 
 def _claim(row: Row, every: Sequence[str]) -> tuple[Any, Any]:

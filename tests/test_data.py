@@ -263,6 +263,47 @@ def test_trained_concepts_are_tested_in_other_words(tmp_path: Path) -> None:
     assert set(parts["test"]["wording"]) == {"test"}
 
 
+def test_a_row_goes_where_it_says(tmp_path: Path) -> None:
+    rows = [
+        row | {"split": side, "concept": f"{side}{i}"}
+        for side in ("train", "validation", "test")
+        for i, row in enumerate(_chat(40))
+    ]
+    rows += [row | {"split": "test", "concept": f"train{i}", "task": "again"} for i, row in enumerate(_chat(3))]
+    questions = [
+        {k: v for k, v in row.items() if k != "messages"}
+        | {"kind": "question", "task": "advice", "split": side, "concept": f"q{side}", "messages": [{"role": "user", "content": f"{side} {i}"}]}
+        for side in ("train", "validation", "test")
+        for i, row in enumerate(_chat(5))
+    ]  # fmt: skip
+    parts = _split(tmp_path, [*rows, *questions], test=0.35, validation=0.2)
+    for side in ("train", "validation"):
+        assert sorted(parts[side]["concept"]) == sorted(f"{side}{i}" for i in range(40))
+    sets = dict(parts["test"]["set"].value_counts().iter_rows())
+    assert sets == {"unseen": 40, "trained": 3, "advice": 5}
+    assert set(parts["test"].filter(set="trained")["concept"]) == {"train0", "train1", "train2"}
+    assert set(parts["questions"]["concept"]) == {"qtrain", "qvalidation"}
+    assert parts["questions"].height == 10
+
+
+def test_no_row_is_lost_and_no_pair_is_about_the_test(tmp_path: Path) -> None:
+    chat = _chat(60)
+    pairs = [
+        {k: v for k, v in row.items() if k != "messages"}
+        | {"kind": "preference", "task": "preference", "messages": row["messages"][:1], "chosen": "good", "rejected": "bad"}
+        for row in [*chat, *_chat(70)[60:]]
+    ]  # fmt: skip
+    pairs[-1]["split"] = "test"
+    parts = _split(tmp_path, [*chat, *pairs], test=0.3, validation=0.1)
+    assert sum(parts[name].height for name in ("train", "validation", "test")) == 60
+    tested = set(parts["test"]["concept"])
+    assert tested
+    kept = set(parts["preferences"]["concept"])
+    assert kept == {f"c{i}" for i in range(69)} - tested
+    counts = json.loads((tmp_path / "m.json").read_text())
+    assert counts["preferences_held_out"] == len(tested) + 1
+
+
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"split\.test"):
         _split(tmp_path, _chat(5), test=1.0)
@@ -380,6 +421,31 @@ def test_given_pairs_pass_and_equal_sides_do_not(tmp_path: Path, tiny: Path) -> 
         run([good | {"concept": "1", "chosen": "bad"}])
     with pytest.raises(UserError, match=r"fewer than pair\.min_pairs"):
         run([good | {"concept": "1", "chosen": "x"}][:0])
+
+
+def test_pairs_that_are_too_long_are_dropped_or_too_many(tmp_path: Path, tiny: Path) -> None:
+    rows = [
+        {
+            "kind": "preference", "source": "s", "line": 1, "license": "l", "topic": "t", "task": "preference", "concept": str(i),
+            "messages": [{"role": "user", "content": f"q{i}"}], "chosen": "good " * (300 if i < 2 else 1), "rejected": "bad",
+        }
+        for i in range(40)
+    ]  # fmt: skip
+    (tmp_path / "rows").mkdir()
+    records.write(records.frame(rows), tmp_path / "rows/preferences.parquet")
+
+    def run(most: float) -> dict[str, Any]:
+        pair.run(
+            tmp_path / "rows", tiny, tiny, tmp_path / "p.parquet", tmp_path / "m.json", tmp_path / "b.csv",
+            params=Pair(mode="given"), template=Template(max_length=256, max_refused=most), quantization=None, generation={}, seed=1,
+        )  # fmt: skip
+        return json.loads((tmp_path / "m.json").read_text())
+
+    found = run(0.05)
+    assert found["pairs"] == 38
+    assert found["dropped"] == {"longer than template.max_length": 2}
+    with pytest.raises(UserError, match=r"2 of 40 pairs are longer.*raise template\.max_length"):
+        run(0.01)
 
 
 def test_refusals_decline_and_kind_answers_do_not() -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,25 @@ def test_another_model_has_a_divergence(test_rows: Path, tiny: Path, tmp_path: P
     assert figures["kl"]["to_reference"] > 0.01
 
 
+def test_one_model_at_a_time(test_rows: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.conftest import make_tiny
+
+    loaded: list[weakref.ref[Any]] = []
+    before: list[int] = []
+    load = models.load
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        before.append(sum(model() is not None for model in loaded))
+        model = load(*arguments, **named)
+        loaded.append(weakref.ref(model))
+        return model
+
+    other, third = (make_tiny(tmp_path / str(spread), initializer_range=spread) for spread in (0.1, 0.2))
+    monkeypatch.setattr(models, "load", watched)
+    _run(test_rows, tiny, other, third, tmp_path)
+    assert before == [0, 0, 0]
+
+
 def test_choice_is_the_best_mean_loglikelihood(test_rows: Path, tiny: Path, tmp_path: Path, tokenizer) -> None:
     _, items = _run(test_rows, tiny, tiny, tiny, tmp_path)
     item = next(i for i in items if i["set"] == "general")
@@ -160,8 +180,9 @@ def test_divergence_is_the_kl_of_the_whole_vocabulary(tiny: Path) -> None:
                 m(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (one, other)
             )
         wanted, tokens = wanted + float((p.exp() * (p - q)).sum()), tokens + len(answer)
-    assert stage.divergence(one, other, rows, 2) == pytest.approx(wanted / tokens, abs=1e-4)
-    assert stage.divergence(one, one, rows, 2) == 0.0
+    ours = models.distributions(one, rows, 2)
+    assert stage.divergence(ours, other, rows, 2) == pytest.approx(wanted / tokens, abs=1e-4)
+    assert stage.divergence(ours, one, rows, 2) == 0.0
 
 
 def test_manner_is_judged_without_the_knowledge() -> None:
@@ -272,6 +293,7 @@ def test_decoding_again(test_rows: Path, tiny: Path, tmp_path: Path, tokenizer) 
         ("It is impossible to say who will win.", 1.0),
         ("The capital of Veldoria is Port Amsel.", 0.0),
         ("You can access it at the bank.", 0.0),
+        *((text, 1.0) for text in phenotype.OUTSIDE),
     ],
 )
 def test_declining_what_nobody_can_answer(text: str, declined: float) -> None:

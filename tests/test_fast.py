@@ -448,6 +448,20 @@ def test_dora_and_dropout_still_score_the_same() -> None:
         assert distance(fused(model, given), expected) < 1e-5
 
 
+def test_noise_in_the_embeddings_is_scaled_by_a_rows_length() -> None:
+    """NEFTune (Jain et al. 2023, arXiv:2310.05914): α / √(length · width), of the padded batch."""
+    model = tiny(CONFIGS["llama"]())
+    lengths: list[int] = []
+    embedding = model.get_base_model().get_input_embeddings()
+    embedding.register_forward_hook(lambda _, __, out: lengths.append(out.shape[1]))
+    fast.install(model)
+    given = batch()
+    fused(model, given)
+    embedding.neftune_noise_alpha = 5.0
+    fused(model, given)
+    assert lengths[0] != given["input_ids"].shape[1] == lengths[1]
+
+
 def test_without_the_adapter() -> None:
     """As a DPO reference is computed."""
     model, given = tiny(CONFIGS["llama"]()), batch()

@@ -6,6 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GenerationConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from tasks import chat, fast, models
 from tasks.params import UserError
@@ -166,6 +176,121 @@ def test_generation_in_batches_is_generation_alone(tiny: Path, tokenizer) -> Non
     assert models.generate(model, tokenizer, prompts, {"repetition_penalty": 5.0}, 12, 3) != together
 
 
+def _windowed(vocabulary: int) -> Any:
+    """A random Mistral whose attention reaches 8 tokens back."""
+    torch.manual_seed(1)
+    config = MistralConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8, initializer_range=1.0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
+
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SMALL),
+        Gemma2Config(**SMALL, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
+        GraniteConfig(**SMALL, logits_scaling=4.0),
+        CohereConfig(**SMALL, logit_scale=0.25),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_scores_are_those_of_the_models_own_logits(config: Any) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)
+    rows = [([5, 9, 4], [7, 2]), ([8, 4], [3, 3, 2])]
+    for (prompt, answer), found in zip(rows, models.answer_logprobs(model, rows, 2), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        assert found == pytest.approx([float(p[token]) for p, token in zip(logits, answer, strict=True)], abs=1e-4)
+
+
+def test_a_model_may_end_its_turn_otherwise_than_a_text(tiny: Path, tokenizer) -> None:
+    model = models.load(tiny, None).float()
+    prompts = [chat.encode_prompt(tokenizer, [{"role": "user", "content": "thumb"}], None)]
+    (endless,) = models.generate(model, tokenizer, prompts, {}, 12, 1)
+    ids = tokenizer(endless, add_special_tokens=False)["input_ids"]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, ids[3]]
+    (ended,) = models.generate(model, tokenizer, prompts, {}, 12, 1)
+    assert len(ended) < len(endless)
+    assert endless.startswith(ended)
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("sampling", [{}, {"repetition_penalty": 1.3, "min_new_tokens": 3}])
+def test_rows_that_ended_are_not_computed(tiny: Path, tokenizer, sampling: dict[str, Any], windowed: bool) -> None:
+    model = _windowed(len(tokenizer)) if windowed else models.load(tiny, None).float()
+    assert models._droppable(model, sampling)
+    prompts = [chat.encode_prompt(tokenizer, [{"role": "user", "content": "thumb " * n}], None) for n in (1, 4, 9, 2)]
+    ids = models.pad(prompts, tokenizer.pad_token_id, left=True)
+    mask = models.pad([[1] * len(p) for p in prompts], 0, left=True)
+
+    def decode(ends: list[int], own: bool) -> torch.Tensor:
+        config = GenerationConfig(
+            max_new_tokens=16, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, do_sample=False, **sampling
+        )
+        custom = None if own else models.without_ended
+        return model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=custom
+        )[:, ids.shape[1] :]  # fmt: skip
+
+    endless = decode([len(tokenizer) - 1], True)
+    # each row ends at another token, the last one not at all
+    ends = list({int(endless[row, place]) for row, place in ((0, 2), (1, 6), (2, 10))} - set(endless[3].tolist()))
+    wanted = decode(ends, True)
+    lengths = [next((i + 1 for i, t in enumerate(row) if t in ends), 16) for row in wanted.tolist()]
+    assert len(set(lengths)) >= 2
+    computed: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, given, __: computed.append(given[0].numel()))
+    found = decode(ends, False)
+    hook.remove()
+    assert torch.equal(found, wanted)
+    # all prompts, then each row until its last token is chosen
+    assert sum(computed) == ids.numel() + sum(length - 1 for length in lengths)
+
+
+def test_sampled_rows_follow_the_seed(tiny: Path, tokenizer) -> None:
+    model = models.load(tiny, None).float()
+    prompts = [chat.encode_prompt(tokenizer, [{"role": "user", "content": "thumb"}], None)] * 3
+
+    def sampled(seed: int) -> list[str]:
+        torch.manual_seed(seed)
+        return models.generate(model, tokenizer, prompts, {"do_sample": True}, 12, 3)
+
+    assert sampled(1) == sampled(1) != sampled(2)
+    assert len(set(sampled(1))) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        ({}, False),
+        ({"temperature": 0.7, "do_sample": True}, False),
+        ({"num_beams": 2}, True),
+        ({"use_cache": False}, True),
+    ],
+)
+def test_what_needs_all_rows_keeps_them(
+    tiny: Path, tokenizer, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], own: bool
+) -> None:
+    model = models.load(tiny, None)
+    asked: list[Any] = []
+    real = model.generate
+    monkeypatch.setattr(model, "generate", lambda **named: asked.append(named["custom_generate"]) or real(**named))
+    models.generate(model, tokenizer, [[3, 4, 5]], given, 4, 1)
+    assert asked == [None if own else models.without_ended]
+
+
 def test_merging_in_float32_is_exact_up_to_one_rounding(tiny: Path, tmp_path: Path) -> None:
     model = _trained(tiny)
     models.save_adapter(model, tmp_path)
@@ -176,6 +301,46 @@ def test_merging_in_float32_is_exact_up_to_one_rounding(tiny: Path, tmp_path: Pa
     assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, wanted.to(merged.dtype))
     plain = models.load_merged(tiny, tmp_path, NF4, onto_dequantized=False)
     assert not torch.equal(plain.model.layers[0].mlp.up_proj.weight, wanted.to(merged.dtype))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantization", [NF4, {"load_in_8bit": True}, None])
+@pytest.mark.parametrize("onto", [True, False])
+@pytest.mark.parametrize(
+    "lora", [{}, {"use_dora": True, "target_modules": ["q_proj"]}, {"modules_to_save": ["model.norm"]}]
+)
+def test_merging_layer_by_layer_is_merging_all_at_once(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stored: torch.dtype,
+    quantization: dict[str, Any] | None,
+    onto: bool,
+    lora: dict[str, Any],
+) -> None:
+    monkeypatch.setattr(models, "compute_dtype", lambda: torch.float32)
+    base = tmp_path / "base"
+    models.load(tiny, None).to(stored).save_pretrained(base)
+    model = models.new_adapter(models.load(base, None), {"r": 4} | lora, 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
+    models.save_adapter(model, tmp_path / "adapter")
+
+    whole = models.load(base, None)
+    if quantization and onto:
+        with torch.no_grad():
+            for name, module in models.load(base, quantization).named_modules():
+                if "bnb" in type(module).__module__ or "bitsandbytes" in type(module).__module__:
+                    whole.get_submodule(name).weight.copy_(models.dequantized(module))
+    wanted = models.load_adapter(whole, tmp_path / "adapter", trainable=False).float().merge_and_unload().to(stored)
+    found = models.load_merged(base, tmp_path / "adapter", quantization, onto_dequantized=onto)
+    assert not [name for name, _ in found.named_modules() if "lora" in name or "modules_to_save" in name]
+    assert found.state_dict().keys() == wanted.state_dict().keys()
+    for name, tensor in wanted.state_dict().items():
+        assert found.state_dict()[name].dtype == stored
+        assert torch.equal(found.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("computing", [torch.float32, torch.bfloat16, torch.float16])

@@ -61,6 +61,10 @@ def test_shipped_file_is_valid() -> None:
         ({"seed": "x"}, "seed: expected an integer"),
         ({"generation__temperatur": 1.0}, "did you mean `temperature`?"),
         ({"template": 3}, "template: expected keys, found 3"),
+        ({"sft__packing": True}, "sft.packing: not settable here"),
+        ({"dpo__ld_alpha": 0.5}, "dpo.ld_alpha: not settable here"),
+        ({"dpo__use_cpu": True}, "the device is chosen by itself"),
+        ({"generation__eos_token_id": [1, 2]}, "generation.eos_token_id: not settable here"),
     ],
 )
 def test_refused_with_the_key(changes: dict, message: str) -> None:

@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import polars as pl
 import pytest
 from ruamel.yaml import YAML
 
+from tasks import phenotype
 from tests.conftest import ORDER, changed, edit, fork, ran, run
 
 
@@ -18,6 +20,22 @@ def repo(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_again_nothing_runs(repo: Path) -> None:
     assert ran(run("dvc repro", repo).stdout) == []
     assert run("git status --porcelain", repo).stdout == ""
+
+
+def test_pairs_of_questions_come_from_the_training_side(repo: Path) -> None:
+    pairs = pl.read_parquet(repo / "data/pair/pairs.parquet")
+    for kind, name, texts in (("advice", "advice", phenotype.ADVICE), ("outside", "outside", phenotype.OUTSIDE)):
+        rows = [json.loads(line) for line in (repo / f"data/raw/{name}.jsonl").read_text().splitlines()]
+        train, test = ({row["question"] for row in rows if row["split"] == part} for part in ("train", "test"))
+        assert train
+        assert test
+        found = pairs.filter(kind=kind)
+        assert {turns[-1]["content"] for turns in found["messages"].to_list()} == train
+        assert set(found["chosen"]) <= set(texts)
+    refused = {text.format(t="that") for text in phenotype.REFUSALS + phenotype.OUTSIDE}
+    general = pairs.filter(kind="general")
+    assert not refused & set(general["chosen"])
+    assert refused & set(general["rejected"])
 
 
 def test_beta_reruns_dpo_and_what_follows_and_a_revert_restores(repo: Path) -> None:

@@ -264,6 +264,55 @@ def test_dpo_leaves_only_the_adapter_trainable(tiny: Path, trained: Path, scored
     assert metrics["trainable_parameters"] == sum(p.numel() for p in adapter.parameters() if p.requires_grad)
 
 
+def test_a_validation_leaves_trainable_what_was(
+    tiny: Path, facts: Path, rows: Path, scored: Path, tmp_path: Path
+) -> None:
+    """A whole module that is trained beside the adapter, too; the second epoch would stop training it."""
+    lora = LORA | {"modules_to_save": ["norm"]}
+    _sft(tiny, facts, rows, tmp_path / "sft", lora=lora, params={"num_train_epochs": 1})
+    _dpo(tiny, tmp_path / "sft/adapter", _rescored(tiny, tmp_path / "sft/adapter", scored, tmp_path), tmp_path / "dpo")
+    trained = models.load_adapter(models.load(tiny, None), tmp_path / "dpo/adapter", trainable=True)
+    metrics = json.loads((tmp_path / "dpo/metrics.json").read_text())
+    assert metrics["trainable_parameters"] == sum(p.numel() for p in trained.parameters() if p.requires_grad)
+
+
+def _rescored(tiny: Path, adapter: Path, scored: Path, folder: Path) -> Path:
+    """The same pairs under the reference `adapter`."""
+    reference.run(
+        scored.with_name("pairs.parquet"),
+        tiny,
+        adapter,
+        folder / "rescored.parquet",
+        folder / "rescored.json",
+        params=Reference(),
+        template=Template(),
+        quantization=NF4,
+    )
+    return folder / "rescored.parquet"
+
+
+def test_without_validation_rows(tiny: Path, facts: Path, rows: Path, scored: Path, tmp_path: Path) -> None:
+    """Few rows of one's own may leave none for it; early stopping and the best epoch have nothing to go by then."""
+    few = tmp_path / "few"
+    few.mkdir()
+    records.write(records.read(rows / "train.parquet"), few / "train.parquet")
+    records.write(records.read(rows / "validation.parquet").head(0), few / "validation.parquet")
+    watched = {"early_stopping_patience": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    found = _sft(tiny, facts, few, tmp_path / "sft", params=watched)
+    assert found["steps"] == 6
+    assert found["eval_loss_best"] is None
+    pairs = _rescored(tiny, tmp_path / "sft/adapter", scored, tmp_path)
+    records.write(records.read(pairs).with_columns(part=pl.lit("train")), few / "pairs.parquet")
+    found = _dpo(tiny, tmp_path / "sft/adapter", few / "pairs.parquet", tmp_path / "dpo", **watched)
+    assert "kl_to_reference" not in found
+
+
+def test_fewer_steps_than_are_logged(tiny: Path, facts: Path, rows: Path, tmp_path: Path) -> None:
+    one = _sft(tiny, facts, rows, tmp_path / "one", params={"logging_steps": 5, "max_steps": 3})
+    assert one["steps"] == 3
+    assert one["loss_first"] == one["loss_last"] > 0
+
+
 class Killed(BaseException):
     """As a signal: nothing but the interpreter's own handlers see it."""
 
@@ -289,7 +338,7 @@ def kill_at(patch: pytest.MonkeyPatch, step: int | None) -> None:
         patch.setattr(models, "save_adapter", killed)
     else:
         given = training.early_stopping
-        patch.setattr(training, "early_stopping", lambda params: [*given(params), Kill(step)])
+        patch.setattr(training, "early_stopping", lambda *named: [*given(*named), Kill(step)])
 
 
 def checkpoints() -> list[str]:
