@@ -54,13 +54,13 @@ plan: setup ## what a run would do, how long it takes and whether it fits; runs 
 	@python -m flows.plan $(STAGE)
 
 REV ?= HEAD
-diff: setup ## one page of what changed since REV=HEAD~1 (to TO=…, default: the workspace), in tmp/diff.html and tmp/diff.md
+diff: setup ## one page of what changed since REV=HEAD (to TO=…, default: the workspace), in tmp/diff.html and tmp/diff.md
 	python -m flows.diff '$(REV)' $(if $(TO),'$(TO)')
 
 experiments: setup ## named experiments of experiments.yaml, to pages in docs/experiments: NAME=beta (default: all), WORKERS=1
 	python -m flows.experiments $(NAME) $(if $(WORKERS),--workers '$(WORKERS)')
 
-bench: setup ## reforge beside its peers, to docs/benchmarks.md: PART="sft dpo" (default: all, about an hour)
+bench: setup ## reforge beside its peers, to docs/benchmarks.md (-float32.md on a CPU without bf16): PART="sft dpo" (default: all, about an hour)
 	python -m bench $(PART)
 
 # What only tests need of the system: a browser, an SSH server, `ss`. Tests without theirs are skipped and say so.

@@ -215,11 +215,11 @@ def _talk(model: Any, tokenizer: Any, messages: list[Message], system: str | Non
     return str(tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)).strip()
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
-    """A model of the pipeline, or an adapter on its base, with the tokenizer."""
+def _load(folder: Path, quantization: dict[str, Any] | None) -> tuple[Any, Any]:
+    """A model of the pipeline, or an adapter on its base as it was trained on it, with the tokenizer."""
     import torch
     from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: no model there; run `dvc repro` or `dvc pull` first")
@@ -229,14 +229,17 @@ def _load(folder: Path) -> tuple[Any, Any]:
         raise UserError(f"{folder}: no weights as safetensors; pickled ones (.bin, .pt) are never loaded")
     for file in files:
         weights.safetensors(file)
+    slow = not torch.cuda.is_available() and not torch.cpu.get_capabilities().get("avx512_bf16")
     where = {
-        "local_files_only": True, "trust_remote_code": False, "use_safetensors": True, "dtype": torch.bfloat16,
+        "local_files_only": True, "trust_remote_code": False, "use_safetensors": True,
+        "dtype": torch.float32 if slow else torch.bfloat16,
     }  # fmt: skip
     if not adapter:
         return AutoModelForCausalLM.from_pretrained(str(folder), device_map="auto", **where).eval(), load_tokenizer(
             folder
         )
-    model = AutoPeftModelForCausalLM.from_pretrained(str(folder), **where).eval()
+    given = BitsAndBytesConfig(**quantization) if quantization else None
+    model = AutoPeftModelForCausalLM.from_pretrained(str(folder), quantization_config=given, **where).eval()
     return model, load_tokenizer(Path(model.peft_config["default"].base_model_name_or_path))
 
 
@@ -244,7 +247,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tasks.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, help="folder of a model: data/base/model, data/merge/sft, data/merge/dpo")
+    parser.add_argument(
+        "model",
+        type=Path,
+        help="folder of a model or an adapter: data/base/model, data/sft/adapter, data/merge/model",
+    )
     parser.add_argument(
         "--compare",
         type=Path,
@@ -256,8 +263,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ask", help="one question; without it, a conversation (an empty line ends it)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     arguments = parser.parse_args(argv)
-    system = params.load()["template"].system
-    loaded = [(path, *_load(path)) for path in [arguments.model, *arguments.compare]]
+    settings = params.load()
+    system = settings["template"].system
+    loaded = [(path, *_load(path, settings["quantization"])) for path in [arguments.model, *arguments.compare]]
     histories: list[list[Message]] = [[] for _ in loaded]
     while question := arguments.ask or input("> ").strip():
         for (path, model, tokenizer), history in zip(loaded, histories, strict=True):

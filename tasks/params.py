@@ -603,6 +603,9 @@ def check_model(lora: dict[str, Any], facts: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"usage: python -m tasks.params [FILE]    (default: params.yaml)\n\n{__doc__}")
+        sys.exit()
     try:
         load(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("params.yaml"))
     except UserError as error:
