@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from flows import memory, plan, stages
 from flows.memory import GIB, Batch, Device
@@ -453,6 +454,29 @@ class TestWontFit:
         assert total(quantization=plan.NF4) < total(quantization={"load_in_8bit": True}) < plain
         assert total(sft__optim="paged_adamw_8bit") < plain
         assert total(sft__gradient_checkpointing=True) < plain
+
+    def test_seven_billion_parameters_fit_one_gpu(self, tmp_path: Path) -> None:
+        """What README.md says of the settings that it proposes, which are these."""
+        text = (ROOT / "README.md").read_text().split("## On a GPU")[1]
+        proposed = YAML(typ="safe").load(text.split("```yaml")[1].split("```")[0])
+        every = params.load(ROOT / "params.yaml")
+        changes = {f"{name}.{key}": value for name, keys in proposed.items() for key, value in keys.items()}
+        every = plan._changed(every, changes)
+        device = Device("cuda", "test", 24 * GIB, 24 * GIB)
+        said = {
+            "sft": 7,
+            "dpo": 10,
+            "reference": 6,
+            "pair": 19,
+            "merge": 19,
+            "evaluate@base": 23,
+            "evaluate@sft": 23,
+            "evaluate@dpo": 23,
+        }
+        for name, gigabytes in said.items():
+            need = plan.estimate(name, every, big(), device, plan.Rows(tmp_path))
+            assert need is not None
+            assert round(need.total / GIB) == gigabytes, name
 
     def test_every_stage_with_a_model_has_an_estimate(self, tmp_path: Path) -> None:
         every = params.load(ROOT / "params.yaml")
