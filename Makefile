@@ -11,6 +11,9 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# variables are given on the command line: a desktop's USERNAME or NAME is no option of these commands
+$(foreach name,REMOTE ENDPOINTURL REGION PROFILE KEYFILE USERNAME STAGE REV TO NAME WORKERS PART,$(if $(filter environment%,$(origin $(name))),$(eval $(name) :=)))
+
 .PHONY: help setup run flow ui retrain share plan diff experiments bench system test soak audit mend lock clean
 
 help: ## list these targets

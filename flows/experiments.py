@@ -237,6 +237,8 @@ def _bring(repo: Path, point: Point, made: set[str], stop: threading.Event) -> N
     with contextlib.ExitStack() as held:
         with _git:
             folder = held.enter_context(worktrees.worktree(repo, repo / KEPT / "worktrees" / point.key, point.values))
+        # a point that fails now is missing, whatever other code once made of it
+        shutil.rmtree(repo / KEPT / "points" / point.key, ignore_errors=True)
         done = stages.dvc_command(folder, ["--wait-for-lock", "repro", *point.targets], log, stop=stop)
         if done.code != 0:
             raise UserError(stages.last_words(done.output))

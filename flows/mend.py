@@ -80,6 +80,10 @@ def _lock_file(repo: Path) -> Iterator[str]:
     if not path.is_file():
         return
     text = path.read_text(encoding="utf-8", errors="replace")
+    if re.search(r"^(<{7}|>{7}) ", text, re.MULTILINE):
+        raise UserError(
+            "dvc.lock holds both sides of a git merge: resolve it (`git checkout --ours dvc.lock`, or --theirs), then `dvc repro`"
+        )
     with contextlib.suppress(yaml.YAMLError):
         if text.endswith("\n") and {"schema", "stages"} <= set(yaml.load(text, yaml.CSafeLoader) or ()):
             return

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from uuid import UUID
 
 # before prefect is imported, which reads them then
+os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 
@@ -47,7 +48,9 @@ from flows import mend, stages
 from flows.stages import Outcome, Planned, Stopped
 from tasks.params import UserError
 
+HEARTBEAT = 30  # seconds, the least that Prefect sends; `flows.serve` has the server end a run after three
 LEASE = 60.0  # seconds, the least that Prefect takes, after which the slot of a flow that was killed is free again
+UNREACHABLE = (httpx.HTTPError, PrefectException, RuntimeError)  # the last: "Failed to reach API"
 POLL = 2.0  # seconds between two looks whether the run was cancelled
 # a trainer's bar has no name: " 35%|███▌      | 42/120 [00:31<00:55,  1.40it/s]"
 BAR = re.compile(r"^\s*(\d+)%\|.*\| (\d+)/(\d+) \[")
@@ -182,9 +185,10 @@ def _wait(futures: dict[str, PrefectFuture[Any]], stop: threading.Event) -> dict
                         _name(client, future.task_run_id, name)
                     break
                 if not stop.is_set():
-                    seen = client.read_flow_run(context.flow_run.id).state
-                    if seen is not None and (seen.is_cancelling() or seen.is_cancelled()):
-                        stop.set()
+                    with contextlib.suppress(*UNREACHABLE):
+                        seen = client.read_flow_run(context.flow_run.id).state
+                        if seen is not None and (seen.is_cancelling() or seen.is_cancelled()):
+                            stop.set()
     return {name: future.state for name, future in futures.items()}
 
 
@@ -254,17 +258,18 @@ class Progress:
         if not bar or (self.total and bar[3] != self.total):
             return
         self.total = bar[3]
-        said = f"{self.stage}: step {bar[2]} of {bar[3]}{self.loss}"
-        if self.artifact is None:
-            self.artifact = create_progress_artifact(
-                float(bar[1]), key=f"{_key(self.stage)}-progress", description=said
-            )
-        else:
-            update_progress_artifact(self.artifact, float(bar[1]), description=said)
+        self._show(float(bar[1]), f"{self.stage}: step {bar[2]} of {bar[3]}{self.loss}")
 
     def done(self) -> None:
         if self.artifact is not None:
-            update_progress_artifact(self.artifact, 100.0, description=f"{self.stage}: done{self.loss}")
+            self._show(100.0, f"{self.stage}: done{self.loss}")
+
+    def _show(self, percent: float, said: str) -> None:
+        with contextlib.suppress(*UNREACHABLE):  # a server that restarts must not end a training of hours
+            if self.artifact is None:
+                self.artifact = create_progress_artifact(percent, key=f"{_key(self.stage)}-progress", description=said)
+            else:
+                update_progress_artifact(self.artifact, percent, description=said)
 
 
 def _key(stage: str) -> str:
@@ -330,7 +335,7 @@ def finish(name: str, run: Callable[[], Any]) -> int:
         state = run()
     except KeyboardInterrupt:
         return 130
-    except (PrefectException, httpx.HTTPError, RuntimeError) as error:  # RuntimeError: "Failed to reach API"
+    except UNREACHABLE as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 1
     print(f"{name}: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr, flush=True)

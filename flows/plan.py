@@ -142,7 +142,7 @@ def make(
             each.name,
             state,
             tuple(_why(root, each, made, states)),
-            event.get("seconds") if event else None,
+            event.get("seconds") if event and not event.get("resumed_from") else None,
             _when(each, state, event),
         )
         if facts is not None and each.gpu:
@@ -284,6 +284,8 @@ def _when(each: Planned, state: State, event: Mapping[str, Any] | None) -> str:
         return "not run here yet"
     if not event["own"]:
         return "of another instance"
+    if event.get("resumed_from"):
+        return "its last run was resumed"
     if state in ("run", "follows"):
         if any(reason.kind == "parameter" for reason in each.reasons):
             return "with other settings"

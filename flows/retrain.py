@@ -28,7 +28,6 @@ os.environ.setdefault("ITERATIVE_DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 
 import pydantic
-from configobj import ConfigObj  # type: ignore[import-untyped]  # of dvc, which writes its config with it
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
@@ -38,7 +37,7 @@ from prefect.states import Cancelled, Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field
 from ruamel.yaml import YAML
 
-from flows import gate, stages
+from flows import gate, stages, worktrees
 from flows.pipeline import pipeline
 from flows.stages import StageTransient, Stopped
 from tasks.params import Gate, UserError
@@ -49,11 +48,6 @@ RAW = "data/raw"
 LARGEST = 50 * 2**20  # bytes; a larger file belongs to DVC, not into git
 QUIET = 5.0  # seconds without a write after which a file counts as complete
 NETWORK_SECONDS = 600.0  # for git; artifacts may take as long as they need
-# options of a DVC remote that are paths, which DVC reads relative to its config file (Config._map_dirs)
-PATHS = (
-    "url", "gdrive_user_credentials_file", "gdrive_service_account_json_file_path", "credentialpath", "configpath",
-    "keyfile", "cert_path", "key_path",
-)  # fmt: skip
 SECRET = re.compile(r"secret|password|token|access_key|account_key|sas|connection_string|passphrase|custom_auth_header")
 GIT_TRANSIENT = re.compile(
     r"Could not resolve host|Failed to connect|Connection (?:refused|reset|timed out)|early EOF|RPC failed"
@@ -121,7 +115,7 @@ class Place:
     def redact(self, text: str) -> str:
         """`text` without what could open a door: passwords in addresses, secrets of DVC's local config."""
         text = re.sub(r"://[^/@\s]+@", "://***@", text)
-        for section in _config(self.main / ".dvc" / "config.local").values():
+        for section in worktrees.config(self.main / ".dvc" / "config.local").values():
             for option, value in section.items() if isinstance(section, dict) else ():
                 if SECRET.search(option) and isinstance(value, str) and len(value) > 3:
                     text = text.replace(value, "***")
@@ -256,13 +250,14 @@ def _alone(main: Path) -> Iterator[None]:
 
 def _check_identity(main: Path) -> None:
     """A run of hours must not fail at its commit."""
-    for name in ("name", "email"):
-        if not _git(main, "config", f"user.{name}", check=False) and not os.environ.get(
-            f"GIT_COMMITTER_{name.upper()}"
-        ):
-            raise UserError(
-                f"git knows no user.{name}: set it (git config user.{name} …), promotions are committed with it"
-            )
+    for who in ("AUTHOR", "COMMITTER"):
+        for name in ("name", "email"):
+            if not _git(main, "config", f"user.{name}", check=False) and not os.environ.get(
+                f"GIT_{who}_{name.upper()}"
+            ):
+                raise UserError(
+                    f"git knows no user.{name}: set it (git config user.{name} …), promotions are committed with it"
+                )
 
 
 @contextlib.contextmanager
@@ -295,28 +290,12 @@ def _remove_worktree(place: Place) -> None:
 
 def _configure(place: Place) -> None:
     """The worktree's `.dvc/config.local`: the repository's own, its cache, and paths that would mean another place here."""
-    home = place.main / ".dvc"
-    local = _config(home / "config.local")
-    for source in (_config(place.tree / ".dvc" / "config"), _config(home / "config.local")):
-        for name, section in source.items():
-            for option in PATHS if name.strip("'").startswith("remote ") else ():
-                value = section.get(option)
-                if value and not re.match(r"\w+://|~", value) and not os.path.isabs(value):
-                    own = local.setdefault(name, {})
-                    if option not in own or own[option] == value:
-                        own[option] = os.path.normpath(home / value)
+    local = worktrees.local_config(place.main, place.tree)
     cache = _guarded(place, place.main, ["dvc", "cache", "dir"], lambda line: None).splitlines()[-1]
     local.setdefault("cache", {})["dir"] = cache
     if place.params.dvc_remote:
         local.setdefault("core", {})["remote"] = place.params.dvc_remote
-    local.filename = str(place.tree / ".dvc" / "config.local")
-    Path(local.filename).touch(mode=0o600)
-    local.write()
-
-
-def _config(path: Path) -> Any:
-    """A DVC config file, as far as it is there."""
-    return ConfigObj(str(path), list_values=False, interpolation=False, encoding="utf-8")
+    worktrees.write_config(local, place.tree)
 
 
 def _dvc_remote(place: Place) -> str | None:

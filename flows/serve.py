@@ -33,7 +33,6 @@ import flows.pipeline as pipeline_module  # sets what prefect reads at its impor
 import flows.retrain as retrain_module
 import flows.sweep as sweep_module
 
-HEARTBEAT = 30  # seconds, the least that Prefect sends
 LOST = "reforge: runs whose process died"
 
 
@@ -58,11 +57,8 @@ def deployments(cron: str, timezone: str) -> list[Any]:
 
 
 def end_lost_runs() -> None:
-    """Have the server end a run as *Crashed* when its heartbeat stays away for three beats; made once."""
+    """Have the server end a run of these flows as *Crashed* when its heartbeat stays away for three beats."""
     read: Any = Automation.read
-    with contextlib.suppress(ValueError):
-        read(name=LOST)
-        return
     automation: Any = Automation(
         name=LOST,
         description="A flow that is killed (kill -9, a lost machine) can't say so: without this it stays Running for ever.",
@@ -71,13 +67,18 @@ def end_lost_runs() -> None:
             expect={"prefect.flow-run.heartbeat", "prefect.flow-run.Completed", "prefect.flow-run.Failed",
                     "prefect.flow-run.Cancelled", "prefect.flow-run.Crashed"},
             match={"prefect.resource.id": ["prefect.flow-run.*"]},
+            match_related={"prefect.resource.role": "flow", "prefect.resource.name": ["pipeline", "retrain", "sweep"]},
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
-            within=timedelta(seconds=3 * HEARTBEAT),
+            within=timedelta(seconds=3 * pipeline_module.HEARTBEAT),
         ),
         actions=[ChangeFlowRunState(name="Crashed", state=StateType.CRASHED, force=False, message="Its process is gone: no heartbeat.")],
     )  # fmt: skip
+    with contextlib.suppress(ValueError):
+        automation.id = read(name=LOST).id
+        automation.update()
+        return
     automation.create()
 
 
@@ -90,7 +91,6 @@ def with_server(port: int, arguments: Sequence[str]) -> int:
             port
         ),  # `server start --port` alone leaves the page calling 4200 (prefect 3.8.8)
         "PREFECT_API_URL": url,
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT),
     }
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -106,7 +106,12 @@ def with_server(port: int, arguments: Sequence[str]) -> int:
                 print("serve: the server did not start; what it said is above", file=sys.stderr)
                 return 1
             time.sleep(0.3)
-        return subprocess.call([sys.executable, "-m", "flows.serve", *arguments], env=environment)  # noqa: S603
+        runner = subprocess.Popen([sys.executable, "-m", "flows.serve", *arguments], env=environment)  # noqa: S603
+        try:
+            return runner.wait()
+        finally:  # it ends the runs that it started, while the server still listens
+            runner.terminate()
+            runner.wait(60)
     except (KeyboardInterrupt, SystemExit):
         return 130
     finally:
@@ -153,7 +158,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # of httpx, for whatever reason the server can't be used
         print(f"serve: {PREFECT_API_URL.value()} can't be used: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT))
     serve(*chosen, limit=given.limit)
     return 0
 

@@ -725,13 +725,25 @@ def drop_dead_holders(repo: Path) -> None:
             return True
         except psutil.AccessDenied:
             return False
-        return not all(word in words for word in holder["cmd"].split()[1:])
+        return not _started_as(holder["cmd"], words)
 
     with _opened(repo) as dvc, contextlib.suppress(LockError):
         hard = dvc.config["core"].get("hardlink_lock", False)
         with _edit_rwlock(dvc.tmp_dir, dvc.fs, hard) as lock:
             lock["write"] = {path: holder for path, holder in lock["write"].items() if not (holder and gone(holder))}
             lock["read"] = {path: [h for h in holders if not gone(h)] for path, holders in lock["read"].items()}
+
+
+def _started_as(command: str, words: Sequence[str]) -> bool:
+    """Whether a process with these arguments calls itself `command`, its `sys.argv` with blanks between: a path may hold some."""
+    for i in range(1, len(words) + 1):
+        name, tail = words[i - 1], " ".join(words[i:])
+        module = name.replace(".", "/")
+        program = command[: len(command) - len(tail)].rstrip()
+        known = program == name or program.endswith((f"/{Path(name).name}", f"/{module}/__main__.py", f"/{module}.py"))
+        if command.endswith(tail) and known:
+            return True
+    return " " not in command  # no argument tells it from another
 
 
 def last_words(output: str) -> str:

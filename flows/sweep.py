@@ -98,7 +98,7 @@ def sweep(parameters: SweepParameters = SweepParameters()) -> Any:  # noqa: B008
             failed.append(label)
             row = dict(point) | {"failed": str(error)}
         rows.append(row)
-    first = _column(parameters.metrics[0])
+    first = _columns(parameters.metrics)[0]
     sign = -1 if parameters.best == "highest" else 1
     rows.sort(key=lambda row: sign * row[first] if isinstance(row.get(first), (int, float)) else math.inf)
     create_table_artifact(rows, key="sweep", description=f"{len(points)} points, {parameters.best} {first} first")
@@ -135,8 +135,10 @@ def _folder(repo: Path, point: Mapping[str, Value]) -> Path:
     return repo / ".dvc" / "tmp" / "sweep" / key
 
 
-def _column(metric: str) -> str:
-    return metric.rpartition(":")[2]
+def _columns(metrics: Sequence[str]) -> list[str]:
+    """The key of each `FILE:KEY`, and the file too where two have one key."""
+    keys = [metric.rpartition(":")[2] for metric in metrics]
+    return [key if keys.count(key) == 1 else metric for key, metric in zip(keys, metrics, strict=True)]
 
 
 def figures(folder: Path, wanted: Sequence[str]) -> dict[str, Any]:
@@ -146,7 +148,7 @@ def figures(folder: Path, wanted: Sequence[str]) -> dict[str, Any]:
         UserError: no such file or key.
     """
     out: dict[str, Any] = {}
-    for metric in wanted:
+    for column, metric in zip(_columns(wanted), wanted, strict=True):
         path, _, key = metric.rpartition(":")
         known = {found.name: found.value for found in stages.metrics(folder, [path])} if path else {}
         value = known.get(key, known.get(f"{key}.value"))
@@ -154,7 +156,7 @@ def figures(folder: Path, wanted: Sequence[str]) -> dict[str, Any]:
             raise UserError(
                 f"metrics: {metric}: no such figure; expected FILE:KEY, such as data/dpo/metrics.json:steps"
             )
-        out[_column(metric)] = value
+        out[column] = value
     return out
 
 

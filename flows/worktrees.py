@@ -4,6 +4,8 @@
 """
 
 import contextlib
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +13,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from configobj import ConfigObj  # type: ignore[import-untyped]  # of dvc, which writes its config with it
 from ruamel.yaml import YAML
 
 from tasks.params import UserError
+
+# options of a DVC remote that are paths, which DVC reads relative to its config file (Config._map_dirs)
+PATHS = (
+    "url", "gdrive_user_credentials_file", "gdrive_service_account_json_file_path", "credentialpath", "configpath",
+    "keyfile", "cert_path", "key_path",
+)  # fmt: skip
 
 
 def settings(repo: Path) -> Any:
@@ -63,9 +72,7 @@ def worktree(repo: Path, folder: Path, values: Mapping[str, Any]) -> Iterator[Pa
         for event in folder.glob("data/*/event*.json"):  # of runs that dvc.lock no longer speaks of
             event.unlink()
     cache = command([sys.executable, "-m", "dvc", "cache", "dir"], repo)
-    local = repo / ".dvc" / "config.local"  # remotes and their credentials
-    if local.is_file():
-        shutil.copy2(local, folder / ".dvc" / "config.local")
+    write_config(local_config(repo, folder), folder)
     command([sys.executable, "-m", "dvc", "cache", "dir", "--local", cache], folder)
     # what stages read but none makes; what is not in the cache here is what the pipeline makes or pulls
     subprocess.run([sys.executable, "-m", "dvc", "checkout", "-q"], cwd=folder, capture_output=True)
@@ -76,6 +83,34 @@ def worktree(repo: Path, folder: Path, values: Mapping[str, Any]) -> Iterator[Pa
     yaml.dump(raw, folder / "params.yaml")
     yield folder
     command(["git", "worktree", "remove", "--force", str(folder)], repo)
+
+
+def local_config(repo: Path, tree: Path) -> Any:
+    """`.dvc/config.local` for a worktree of `repo`: its own, with remotes and credentials, and paths that would mean another
+    place there."""
+    home = repo / ".dvc"
+    local = config(home / "config.local")
+    for source in (config(tree / ".dvc" / "config"), config(home / "config.local")):
+        for name, section in source.items():
+            for option in PATHS if name.strip("'").startswith("remote ") else ():
+                value = section.get(option)
+                if value and not re.match(r"\w+://|~", value) and not os.path.isabs(value):
+                    own = local.setdefault(name, {})
+                    if option not in own or own[option] == value:
+                        own[option] = os.path.normpath(home / value)
+    return local
+
+
+def write_config(local: Any, tree: Path) -> None:
+    """For nobody else to read: credentials are in it."""
+    local.filename = str(tree / ".dvc" / "config.local")
+    Path(local.filename).touch(mode=0o600)
+    local.write()
+
+
+def config(path: Path) -> Any:
+    """A DVC config file, as far as it is there."""
+    return ConfigObj(str(path), list_values=False, interpolation=False, encoding="utf-8")
 
 
 def command(words: list[str], cwd: Path) -> str:

@@ -250,6 +250,17 @@ class TestRun:
         assert "Stage 'sft' is cached" in output
 
 
+def test_a_relative_remote_is_the_same_place_from_a_worktree(tmp_path: Path) -> None:
+    repo = small.make(tmp_path / "repo")
+    run("dvc remote add -q -d store ../store && dvc remote modify -q --local store verify true && git add -A", repo)
+    run("git -c user.name=t -c user.email=t@example.org commit -qm remote", repo)
+    with worktrees.worktree(repo, repo / ".dvc/tmp/points/a", {"slow": 2}) as folder:
+        listed = {place: run("dvc remote list", place).stdout.split() for place in (repo, folder)}
+        assert listed[folder] == listed[repo] == ["store", str(tmp_path / "store"), "(default)"]
+        assert "verify = true" in (folder / ".dvc/config.local").read_text()
+        assert (folder / ".dvc/config.local").stat().st_mode & 0o077 == 0
+
+
 def test_a_mistake_is_one_line_and_nothing_runs(pipeline: Path, tmp_path: Path) -> None:
     copy = fork(pipeline, tmp_path / "repo")
     (copy / "experiments.yaml").write_text(BETA.replace("dpo.beta: 0.3", "dpo.beta: 0"))

@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows import pipeline, sweep
 from tests import server, small
 from tests.conftest import ORDER, ROOT, edit, fork, ran, run
 
@@ -308,3 +310,16 @@ class TestRealPipeline:
         tasks = api.tasks(api.newest()["id"])
         assert {name for name, (_, said) in tasks.items() if said == "restored from run cache"} == expected
         assert (real / "dvc.lock").read_bytes() == kept["dvc.lock"]
+
+
+@pytest.mark.filterwarnings("ignore:Artifact creation outside:FutureWarning")
+def test_a_server_that_is_away_ends_no_training() -> None:
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        progress = pipeline.Progress("sft")
+        progress.see(" 35%|###5      | 42/120 [00:31<00:55,  1.40it/s]")
+        progress.done()
+
+
+def test_two_figures_of_one_key_have_columns_of_their_own() -> None:
+    assert sweep._columns(["a.json:x", "b.json:y"]) == ["x", "y"]
+    assert sweep._columns(["a.json:x", "b.json:x", "b.json:y"]) == ["a.json:x", "b.json:x", "y"]

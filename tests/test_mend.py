@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from dvc.utils.serialize import _common
 
-from flows import mend
+from flows import mend, stages
 from tasks.params import UserError
 from tests import small
 from tests.conftest import ROOT, fork, run
@@ -61,6 +61,32 @@ def test_a_lock_file_that_is_cut_off(repo: Path, share: float, committed: bool) 
     assert small.log(repo) == []
     assert (repo / "dvc.lock").read_bytes() == whole
     assert not (repo / "dvc.lock.tmp").exists()
+
+
+def test_both_sides_of_a_merge_are_a_persons_to_resolve(repo: Path) -> None:
+    text = (repo / "dvc.lock").read_text()
+    head, tail = text.split("  slow:\n")
+    both = f"{head}<<<<<<< HEAD\n  slow:\n{tail}=======\n  slow:\n{tail}>>>>>>> other\n"
+    (repo / "dvc.lock").write_text(both)
+    with pytest.raises(UserError, match="both sides of a git merge"):
+        mended(repo, quick=True)
+    assert (repo / "dvc.lock").read_text() == both
+
+
+@pytest.mark.parametrize(
+    ("words", "command", "same"),
+    [
+        (["/v/python", "/home/Ann Lee/.venv/bin/dvc", "repro"], "/home/Ann Lee/.venv/bin/dvc repro", True),
+        (["/v/python", "/v/bin/dvc", "repro", "a b"], "/v/bin/dvc repro a b", True),
+        (["/v/python", "-m", "dvc", "repro"], "/v/site-packages/dvc/__main__.py repro", True),
+        (["/v/python", "-m", "flows.pipeline", "sft"], "/home/Ann Lee/flows/pipeline.py sft", True),
+        (["sleep", "60"], "/v/bin/dvc repro", False),
+        (["/v/python", "/v/bin/dvc", "repro"], "/v/bin/dvc repro --force", False),
+        (["/v/python", "/v/bin/other", "repro"], "/v/bin/dvc repro", False),
+    ],
+)
+def test_a_process_is_told_by_what_it_was_started_as(words: list[str], command: str, same: bool) -> None:
+    assert stages._started_as(command, words) is same
 
 
 def test_dvc_stops_at_a_lock_file_that_is_cut_off(repo: Path) -> None:

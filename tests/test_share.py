@@ -153,6 +153,14 @@ def runs(repo: Path) -> int:
     return (repo / "runs.log").read_text().count("ran") if (repo / "runs.log").exists() else 0
 
 
+def test_a_desktops_own_variables_are_no_options() -> None:
+    given = {"USERNAME": "alice", "NAME": "DESKTOP-1", "REV": "other-rev", "PROFILE": "work-profile"}
+    said = run("make -n share REMOTE=/mnt/r; make -n experiments; make -n diff", ROOT, **given).stdout
+    assert "flows.share '/mnt/r'" in said
+    assert not [value for value in given.values() if value in said.split("flows.share")[1].replace("experiments", "")]
+    assert "flows.experiments beta" in run("make -n experiments NAME=beta", ROOT, **given).stdout
+
+
 def test_the_whole_story_over_s3(pipeline: Path, s3: str, tmp_path: Path) -> None:
     a = fork(pipeline, tmp_path / "a")
     with_origin(a)
