@@ -10,6 +10,7 @@ prompt of a training row is therefore, token for token, what inference sends. Se
 """
 
 import argparse
+import contextlib
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 IGNORED = -100  # the label that torch's cross-entropy leaves out
+DATE = "26 Jul 2024"  # that Llama 3's templates name if they are told none and have no clock; today's would be another tomorrow
+_TAKES_SYSTEM: dict[str, bool] = {}  # by template
 
 
 def load_tokenizer(base: Path) -> "PreTrainedTokenizerBase":
@@ -105,7 +108,8 @@ def render(
 ) -> str:
     """The conversation as the template writes it; `prompt` adds the opening of the assistant's turn.
 
-    User text can't hold a control token: see `control_strings`. `system` stands in where no system message is given.
+    User text can't hold a control token: see `control_strings`. `system` stands in where no system message is given; where the
+    template has no place for one, it opens the first user turn.
 
     Raises:
         UserError: the template refuses the conversation, or is broken. transformers renders it in a sandbox.
@@ -113,16 +117,42 @@ def render(
     turns = [dict(message) for message in messages]
     if system is not None and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": system})
+    if len(turns) > 1 and turns[0]["role"] == "system" and not takes_system(tokenizer):
+        first, second = turns[0]["content"], turns[1]["content"]
+        turns[:2] = [{"role": turns[1]["role"], "content": f"{first}\n\n{second}"}]
     for turn in turns:
         controls = control_strings(tokenizer, answer=turn["role"] == "assistant")
         turn["content"] = _neutral(tokenizer, turn["content"], controls)
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, date_string=DATE))
     except Exception as error:  # a template is a program: it may raise whatever Python does
         roles = ", ".join(turn["role"] for turn in turns)
         raise UserError(
             f"the chat template can't render {roles}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from None
+
+
+def takes_system(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a system message stands where it stood when an answer follows.
+
+    Gemma's template refuses one; Mistral's (7B v0.3, Nemo, Small) writes it only while the user has the last word, so that a
+    prompt would differ between training and inference. Said of templates that keep a conversation without one.
+    """
+    template = str(tokenizer.chat_template)
+    if template not in _TAKES_SYSTEM:
+
+        def stays(turns: list[Message]) -> bool:
+            with contextlib.suppress(Exception):  # a template is a program: it may raise whatever Python does
+                before, after = (
+                    str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=said is turns))
+                    for said in (turns, [*turns, {"role": "assistant", "content": "c"}])
+                )
+                return after.startswith(before)
+            return False
+
+        asked: Message = {"role": "user", "content": "b"}
+        _TAKES_SYSTEM[template] = stays([{"role": "system", "content": "a"}, asked]) or not stays([asked])
+    return _TAKES_SYSTEM[template]
 
 
 def segments(

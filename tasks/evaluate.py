@@ -98,7 +98,7 @@ def run(
     ask_again(generated, items, said, params.reworded)
     decoding = decode_again(generated, items, said, params)
     harnessed = lm_eval(subject, tokenizer, harness, params, seed) if params.lm_eval.tasks else None
-    drift = {"to_base": 0.0, "to_reference": 0.0}
+    drift: dict[str, float | None] = {"to_base": 0.0, "to_reference": 0.0}
     if model != base:
         general = [
             (p, a) for p, a in (_cut(tokenizer, row, template.system) for row in rows if row["set"] == "general") if a
@@ -114,7 +114,8 @@ def run(
             before = _load(reference, base, quantization)
         drift["to_reference"] = divergence(ours[1], before, spoken, params.batch_size)
     every = list(items.values())
-    figures = summarise(every, params.bootstrap, seed) | {"kl": {k: round(v, 5) for k, v in drift.items()}}
+    figures = summarise(every, params.bootstrap, seed)
+    figures["kl"] = {name: None if value is None else round(value, 5) for name, value in drift.items()}
     if decoding:
         figures["decoding"] = decoding | {"floor": floors(every)}
     if harnessed is not None:
@@ -225,6 +226,8 @@ def scored(rows: list[dict[str, Any]], texts: list[str], metrics: list[str]) -> 
     """
     import evaluate
 
+    if not rows:
+        return []
     references = [row["messages"][-1]["content"] if row["kind"] == "chat" else "" for row in rows]
     masked = [mask(text, row["term"], row["lay"], ref) for text, row, ref in zip(texts, rows, references, strict=True)]
     scripted = {*phenotype.OPENINGS, *phenotype.CLOSINGS, *phenotype.ADVICE}
@@ -326,8 +329,8 @@ def mask(text: str, term: str | None, lay: str | None, reference: str) -> str:
     return re.sub(r"\w+", lambda m: "" if m[0].lower() in known else m[0], text).strip()
 
 
-def divergence(ours: Sequence[torch.Tensor], other: Any, rows: Sequence[models.Row], batch_size: int) -> float:
-    """Mean over tokens of KL(ours ‖ other) over the whole vocabulary, in nats, at the second part of each row.
+def divergence(ours: Sequence[torch.Tensor], other: Any, rows: Sequence[models.Row], batch_size: int) -> float | None:
+    """Mean over tokens of KL(ours ‖ other) over the whole vocabulary, in nats, at the second part of each row; None of no rows.
 
     Args:
         ours: `models.distributions` of the same rows.
@@ -338,7 +341,7 @@ def divergence(ours: Sequence[torch.Tensor], other: Any, rows: Sequence[models.R
         for p, q in zip((ours[i] for i in group), theirs, strict=True):
             total += float((p.exp() * (p - q)).sum())
             tokens += len(p)
-    return total / max(1, tokens)
+    return total / tokens if tokens else None
 
 
 def interval(values: Sequence[float], resamples: int, seed: int) -> dict[str, float]:

@@ -55,6 +55,7 @@ RECORD: dict[str, pl.DataType] = {
     "ratings": pl.List(RATING),
 }
 KINDS = ("chat", "replay", "question", "choice", "preference", "ratings")
+TASKS = ("definition", "lay_to_clinical", "clinical_to_lay", "group", "answer")  # of chat rows, that stages know
 ROLES = {
     "human": "user",
     "user": "user",
@@ -412,11 +413,17 @@ def _finite(digits: str) -> float:
 
 
 def detect(row: dict[str, Any]) -> str:
-    """The format of a row by its columns: the field's own names."""
-    keys = set(row)
+    """The format of a row by its columns: the field's own names; of tables, by those that say something in this row."""
+    filled = {key for key, value in row.items() if value is not None}
+    with contextlib.suppress(Unreadable):
+        return _detect(filled)
+    return _detect(set(row))
+
+
+def _detect(keys: set[str]) -> str:
     if {"conversations", "chosen", "rejected"} <= keys:
         return "ranking"
-    if {"prompt", "chosen", "rejected"} <= keys or {"instruction", "chosen", "rejected"} <= keys:
+    if {"chosen", "rejected"} <= keys and keys & {"prompt", "instruction", "question"}:
         return "preference"
     if {"responses", "ratings"} <= keys:
         return "ratings"
@@ -449,17 +456,10 @@ def convert(row: dict[str, Any], source: Source) -> dict[str, Any]:
     form = detect(row) if source.format == "auto" else source.format
     out: dict[str, Any] = {"kind": source.kind}
     if form == "alpaca":
-        # "Instruction-Input-Response": the input stands below the instruction in one user turn
-        asked, extra = _string(row, "instruction"), _optional(row, "input")
-        if row.get("history"):
-            raise Unreadable("history", "format", "earlier turns are not read: write the row as `messages`")
-        out["messages"] = _turns(
-            ("system", _optional(row, "system")),
-            ("user", f"{asked}\n\n{extra}" if extra.strip() else asked),
-            ("assistant", _string(row, "output")),
-        )
+        out["messages"] = [*_instruction(row), *_turns(("assistant", _string(row, "output")))]
     elif form == "completion":
-        out["messages"] = _alternating("completion", [*_prompt(row, "prompt"), *_answer(row, "completion")])
+        prompt = _prompt(row, "prompt")
+        out["messages"] = _alternating("completion", [*prompt, *_answer(row, "completion", prompt)])
     elif form in ("messages", "sharegpt"):
         out["messages"] = _conversation(
             row, "messages" if form == "messages" else "conversations", _optional(row, "system")
@@ -468,11 +468,15 @@ def convert(row: dict[str, Any], source: Source) -> dict[str, Any]:
         out["kind"] = "preference"
         if form == "ranking":
             out["messages"] = _conversation(row, "conversations", _optional(row, "system"))
-        elif "prompt" in row:
+        elif row.get("prompt") is not None:
             out["messages"] = _prompt(row, "prompt")
+        elif row.get("instruction") is not None:
+            out["messages"] = _instruction(row)
         else:
-            out["messages"] = _turns(("system", _optional(row, "system")), ("user", _string(row, "instruction")))
-        out["chosen"], out["rejected"] = (_answer(row, side)[-1]["content"] for side in ("chosen", "rejected"))
+            out["messages"] = _prompt(row, "question" if row.get("question") is not None else "prompt")
+        out["chosen"], out["rejected"] = (
+            _answer(row, side, out["messages"])[-1]["content"] for side in ("chosen", "rejected")
+        )
     elif form == "ratings":
         out["kind"] = "ratings"
         out["messages"] = _prompt(row, "prompt")
@@ -496,7 +500,8 @@ def convert(row: dict[str, Any], source: Source) -> dict[str, Any]:
     if out["kind"] in ("chat", "replay") and (not out["messages"] or out["messages"][-1]["role"] != "assistant"):
         raise Unreadable("messages", "roles", "the last turn must be the assistant's answer")
     for name in ("concept", "topic", "task", "term", "lay", "license"):
-        out[name] = _optional(row, name) or None
+        number = name == "concept" and isinstance(row.get(name), int | float)  # an id of the user's own
+        out[name] = (_word(row[name], name) if number else _optional(row, name)) or None
         if len(out[name] or "") > LONGEST_NAME:
             raise Unreadable(name, "length", f"expected at most {LONGEST_NAME} characters, found {len(out[name])}")
     for name in ("wording", "split"):
@@ -504,14 +509,16 @@ def convert(row: dict[str, Any], source: Source) -> dict[str, Any]:
         if out[name] not in (None, "train", "validation", "test"):  # taken for none, a test row would be trained on
             raise Unreadable(name, "split", f"expected train, validation or test, found {short(out[name])}")
     out["topic"] = out["topic"] or source.topic
-    out["task"] = out["task"] or (
-        "answer" if out["kind"] == "chat" else source.topic if out["kind"] == "question" else out["kind"]
-    )
+    if out["kind"] == "chat" and out["task"] not in TASKS:  # a data set's own word, which nothing here asks for
+        out["task"] = "answer"
+    out["task"] = out["task"] or (source.topic if out["kind"] == "question" else out["kind"])
     out["license"] = out["license"] or source.license
     asked = " ".join(m["content"] for m in out["messages"] if m["role"] == "user")
     out["concept"] = (
         out["concept"]
-        or hashlib.sha256(" ".join(asked.casefold().split()).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        or hashlib.sha256(
+            " ".join(unicodedata.normalize("NFC", asked).casefold().split()).encode("utf-8", "surrogatepass")
+        ).hexdigest()[:16]
     )
     normal, size = {}, 0
     for key, value in out.items():
@@ -610,6 +617,12 @@ def _conversation(row: dict[str, Any], column: str, system: str = "") -> list[di
             raise Unreadable(
                 column, "role", f"turn {index + 1}: unknown role {short(role)}, known are {', '.join(ROLES)}"
             )
+        if turn.get("tool_calls"):
+            raise Unreadable(column, "turn", f"turn {index + 1}: tool calls are not read")
+        if turn.get("weight") == 0:
+            raise Unreadable(
+                column, "turn", f"turn {index + 1}: an answer that is not to be trained (`weight: 0`) would be"
+            )
         if not isinstance(content, str):
             raise Unreadable(column, "type", f"turn {index + 1}: expected text, found {type(content).__name__}")
         turns.append({"role": ROLES[role], "content": content})
@@ -634,16 +647,43 @@ def _alternating(column: str, turns: list[dict[str, str]]) -> list[dict[str, str
     return turns
 
 
+def _instruction(row: dict[str, Any]) -> list[dict[str, str]]:
+    """ "Instruction-Input-Response": the input stands below the instruction in one user turn."""
+    asked, extra = _string(row, "instruction"), _optional(row, "input")
+    if row.get("history"):
+        raise Unreadable("history", "format", "earlier turns are not read: write the row as `messages`")
+    return _turns(("system", _optional(row, "system")), ("user", f"{asked}\n\n{extra}" if extra.strip() else asked))
+
+
+def _cell(value: Any) -> Any:
+    """Messages in a cell of a CSV file."""
+    if isinstance(value, str) and value.startswith(('[{"role"', '[{"from"', '[{"content"', '{"role"', '{"from"')):
+        with contextlib.suppress(ValueError):
+            return _parse(value)
+    return value
+
+
 def _prompt(row: dict[str, Any], column: str) -> list[dict[str, str]]:
-    """A prompt as text or as messages."""
-    if isinstance(row.get(column), list):
-        return _conversation(row, column)
-    return _turns(("user", _string(row, column)))
+    """A prompt as text or as messages, with the row's system message."""
+    value, system = _cell(row.get(column)), _optional(row, "system")
+    if isinstance(value, list):
+        return _conversation({column: value}, column, system)
+    return _turns(("system", system), ("user", _string(row, column)))
 
 
-def _answer(row: dict[str, Any], column: str) -> list[dict[str, str]]:
-    """An answer as text, as one message, or as a list of one."""
-    value = row.get(column)
+def _answer(row: dict[str, Any], column: str, asked: list[dict[str, str]]) -> list[dict[str, str]]:
+    """An answer as text, as one message, as a list of one, or of all turns, `asked` among them."""
+    value = _cell(row.get(column))
+    if (
+        isinstance(value, list)
+        and len(value) > 1
+        and all(isinstance(t, dict) and {"role", "from"} & set(t) for t in value)
+    ):
+        turns = _conversation({column: value}, column)
+        spoken = [[turn for turn in part if turn["role"] != "system"] for part in (turns[:-1], asked)]
+        if spoken[0] != spoken[1]:
+            raise Unreadable(column, "turn", "expected one answer, or all turns with the prompt's before it")
+        value = value[-1:]
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, dict):

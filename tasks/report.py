@@ -219,7 +219,8 @@ def watch(
     accuracy, gap = dpo.get("rewards_accuracies"), None
     for d in compare(items["sft"], items["dpo"], [m for m in MEASURES if m.key == "manner.kindness"], resamples=100):
         kinder = (d.up + (d.n - d.up - d.down) / 2) / d.n
-        gap = accuracy - kinder if accuracy is not None else None
+        # no answer differs where the classifier knows no word: another language than English
+        gap = accuracy - kinder if accuracy is not None and d.up + d.down else None
     before, after = mean("base", "general.accuracy"), mean("dpo", "general.accuracy")
     drop = before - after if before is not None and after is not None else None
     most = [

@@ -538,16 +538,25 @@ def _compared(
     bands, alike = prints.bands[still], np.zeros(int(still.sum()), bool)
     for band in bands.T:
         alike |= _repeated(band)
-    groups = defaultdict[tuple[str, ...], dict[int, str]](dict)
+    groups = defaultdict[tuple[str, ...], dict[int, tuple[str, str]]](dict)
     wanted = {*prints.prose[still][alike].tolist()}
     for i, row in texts(wanted) if wanted else ():
         if found := _prose(row, *_turns(row)):
             common, said = found
-            groups[common][i] = said
+            groups[common][i] = said, _said(row)
     for alike_by in groups.values():
         for i, (j, similarity) in _near(alike_by, threshold).items():
             fail(i, "near_duplicate", f"{similarity:.3f} similar to {where(j)}")
     return failures
+
+
+def _said(row: Row) -> str:
+    """What a row teaches: the answer, or both sides of a preference."""
+    return " ".join(
+        [_normal(row["chosen"]), _normal(row["rejected"])]
+        if row["chosen"]
+        else [_normal(row["messages"][-1]["content"])]
+    )
 
 
 def _repeated(values: "Array") -> "Array":
@@ -572,15 +581,22 @@ def _shingles(text: str) -> set[str]:
     return {" ".join(words[n : n + 3]) for n in range(max(1, len(words) - 2))}
 
 
-def _near(texts: dict[int, str], threshold: float) -> dict[int, tuple[int, float]]:
-    """Text → an earlier one that is kept, and their exact Jaccard similarity, at least `threshold`."""
+def _jaccard(one: set[str], other: set[str]) -> float:
+    return len(one & other) / len(one | other)
+
+
+def _near(texts: dict[int, tuple[str, str]], threshold: float) -> dict[int, tuple[int, float]]:
+    """(Text, its answer) → an earlier one that is kept, and their exact Jaccard similarity, at least `threshold`.
+
+    Their answers alone are at least half as similar: questions about one long passage are alike but for these.
+    """
     import rensa
     from tqdm import tqdm
 
     width = _width(threshold)
     buckets, kept = defaultdict[int, list[int]](list), dict[int, Any]()
     near: dict[int, tuple[int, float]] = {}
-    for i, text in tqdm(texts.items(), "near duplicates", disable=None, delay=3, leave=False):
+    for i, (text, answer) in tqdm(texts.items(), "near duplicates", disable=None, delay=3, leave=False):
         shingles = _shingles(text)
         sketch = rensa.RMinHash(PERMUTATIONS, 0)
         sketch.update(list(shingles))
@@ -588,9 +604,8 @@ def _near(texts: dict[int, str], threshold: float) -> dict[int, tuple[int, float
         bands = [buckets[hash((n, *digest[n : n + width]))] for n in range(0, PERMUTATIONS, width)]
         estimates = {j: sketch.jaccard(kept[j]) for j in chain(*bands)}
         for j in sorted(estimates, key=lambda j: (-estimates[j], j))[:CANDIDATES]:
-            other = _shingles(texts[j])
-            similarity = len(shingles & other) / len(shingles | other)
-            if similarity >= threshold:
+            similarity = _jaccard(shingles, _shingles(texts[j][0]))
+            if similarity >= threshold and _jaccard(_shingles(answer), _shingles(texts[j][1])) >= threshold / 2:
                 near[i] = j, similarity
                 break
         else:

@@ -1,5 +1,7 @@
 """Rendering and masks, token by token."""
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,6 +46,46 @@ def test_system_message(tokenizer) -> None:
     assert chat.render(tokenizer, TURNS[:1], None).startswith("<|im_start|>system\nBe brief.<|im_end|>")
     own = [{"role": "system", "content": "Mine."}, *TURNS[:1]]
     assert "Explain" not in chat.render(tokenizer, own, "Explain.")
+
+
+# what Mistral 7B v0.3 does with a system message, and Gemma; a date as in Llama 3.2
+MISTRAL = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}"
+    "{% for m in turns %}{% if m.role == 'user' %}[INST] {% if loop.last and system is defined %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [MISTRAL, GEMMA])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_system_message_opens_the_first_turn_where_the_template_has_no_place(
+    tokenizer, template: str, own: bool
+) -> None:
+    reader = copy.deepcopy(tokenizer)
+    reader.chat_template = template
+    assert not chat.takes_system(reader)
+    assert chat.takes_system(tokenizer)
+    turns = [{"role": "system", "content": "Explain."}, *TURNS] if own else TURNS
+    given = None if own else "Explain."
+    ids, labels = chat.encode(reader, turns, given)
+    for end in (1, 3):
+        asked = chat.encode_prompt(reader, turns[: end + own], given)
+        assert ids[: len(asked)] == asked
+        assert reader.decode(asked).count("Explain.") == 1
+    assert sum(label == reader.eos_token_id for label in labels) == 2
+    assert chat.encode_answer(reader, turns[: 1 + own], TURNS[1]["content"], given)[-1] == reader.eos_token_id
+
+
+def test_a_prompt_names_no_date_of_today(tokenizer) -> None:
+    reader = copy.deepcopy(tokenizer)
+    clock = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}Today: {{ date_string }}\n"
+    reader.chat_template = clock + str(tokenizer.chat_template)
+    assert chat.render(reader, TURNS[:1], None).startswith("Today: 26 Jul 2024\n")
 
 
 HOSTILE = [

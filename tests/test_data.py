@@ -1,6 +1,7 @@
 """ingest, split, template and pair on real rows of every format."""
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,59 @@ def test_no_bytes_break_the_reader(line: bytes) -> None:
     parsed, content = records._json_line(line)
     assert isinstance(parsed, dict | records.Unreadable)
     content.encode()
+
+
+ASKED, SYSTEM = {"role": "user", "content": "q"}, {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"instruction": "q", "input": "more", "chosen": "a", "rejected": "b"}, [{"role": "user", "content": "q\n\nmore"}]),
+        ({"system": "s", "prompt": "q", "chosen": "a", "rejected": "b"}, [SYSTEM, ASKED]),
+        ({"system": "s", "question": "q", "chosen": "a", "rejected": "b"}, [SYSTEM, ASKED]),
+        ({"prompt": "q", "completion": None, "messages": None, "chosen": "a", "rejected": "b"}, [ASKED]),
+        ({"prompt": "q", "chosen": [ASKED, {"role": "assistant", "content": "a"}], "rejected": [ASKED, {"role": "assistant", "content": "b"}]}, [ASKED]),
+        ({"prompt": '[{"role": "user", "content": "q"}]', "chosen": '[{"role": "assistant", "content": "a"}]', "rejected": "b"}, [ASKED]),
+    ],
+)  # fmt: skip
+def test_preferences_keep_all_that_they_say(row: dict[str, Any], messages: list[dict[str, str]]) -> None:
+    found = records.convert(row, Source(path="data/raw/a"))
+    assert (found["kind"], found["messages"], found["chosen"], found["rejected"]) == ("preference", messages, "a", "b")
+
+
+def test_tables_say_only_what_is_filled() -> None:
+    row = {
+        "prompt": "q",
+        "completion": "a",
+        "chosen": None,
+        "rejected": None,
+        "messages": None,
+        "system": "s",
+        "concept": 7,
+    }
+    found = records.convert(row, Source(path="data/raw/a"))
+    assert found["messages"] == [SYSTEM, ASKED, {"role": "assistant", "content": "a"}]
+    assert found["concept"] == "7"
+    assert found["task"] == "answer"
+    assert records.convert(row | {"task": "qa"}, Source(path="data/raw/a"))["task"] == "answer"
+
+
+@pytest.mark.parametrize("more", [{"tool_calls": [{"id": 1}]}, {"weight": 0}])
+def test_turns_that_are_not_read_are_named(more: dict[str, Any]) -> None:
+    row = {"messages": [ASKED, {"role": "assistant", "content": "a"} | more]}
+    with pytest.raises(records.Unreadable, match="turn 2"):
+        records.convert(row, Source(path="data/raw/a"))
+
+
+def test_one_question_is_one_concept_however_its_letters_are_composed() -> None:
+    names = [
+        records.convert(
+            {"prompt": unicodedata.normalize(form, "계약이란?"), "completion": "a"}, Source(path="data/raw/a")
+        )["concept"]
+        for form in ("NFC", "NFD")
+    ]
+    assert names[0] == names[1]
 
 
 def _chat(concepts: int, wording: str | None = None, rows: int = 1) -> list[dict[str, Any]]:

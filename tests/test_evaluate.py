@@ -183,6 +183,8 @@ def test_divergence_is_the_kl_of_the_whole_vocabulary(tiny: Path) -> None:
     ours = models.distributions(one, rows, 2)
     assert stage.divergence(ours, other, rows, 2) == pytest.approx(wanted / tokens, abs=1e-4)
     assert stage.divergence(ours, one, rows, 2) == 0.0
+    assert stage.divergence([], one, [], 2) is None  # not measured is not zero
+    assert stage.scored([], [], METRICS) == []
 
 
 def test_manner_is_judged_without_the_knowledge() -> None:

@@ -193,7 +193,7 @@ def test_hashes_lose_no_near_copy() -> None:
 
     found = validate._compared(prints, table, texts, 0.8)
     said = {i: " ".join(turn["content"] for turn in row["messages"]) for i, row in numbered}
-    expected = validate._near(said, 0.8)
+    expected = validate._near({i: (text, text) for i, text in said.items()}, 0.8)
     assert {f.row: f.reason for f in found} == {i: f"{s:.3f} similar to s:{j + 1}" for i, (j, s) in expected.items()}
     assert 50 < len(expected) <= 100
     assert len(asked) == 1 and len(asked[0]) < 200  # noqa: PT018  # the others' texts are not looked at again

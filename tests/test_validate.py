@@ -281,9 +281,22 @@ def test_near_duplicates_are_those_of_all_pairs(threshold: float) -> None:
             if j not in expected and (similarity := len(mine & other) / len(mine | other)) >= threshold:
                 expected[i] = j, similarity
                 break
-    found = validate._near(texts, threshold)
+    found = validate._near({i: (text, text) for i, text in texts.items()}, threshold)
     assert found.keys() == expected.keys()
     assert len(expected) >= 40
+
+
+def test_questions_about_one_passage_are_no_copies(run: Run) -> None:
+    draw = random.Random(1)
+    passage = " ".join(f"word{draw.randrange(9999)}" for _ in range(500))
+    rows = [
+        chat(f"{passage} What does clause {n} say of party {n + 3}?", f"It grants right {n * 7} to {n}.")
+        for n in range(5)
+    ]
+    assert run(*rows).failed == {}
+    answer = f"It grants {passage} to all."
+    again = [chat(f"{passage} What does clause {n} say?", answer) for n in range(2)]
+    assert run(*again).failed == {2: ["near_duplicate"]}
 
 
 def test_work_is_linear_where_a_template_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +320,7 @@ def test_work_is_linear_where_a_template_is_shared(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(validate, "_shingles", counting)
     monkeypatch.setattr(rensa, "RMinHash", Sketch)
-    assert validate._near(texts, 0.9) == {400: (7, 1.0)}
+    assert validate._near({i: (text, text) for i, text in texts.items()}, 0.9) == {400: (7, 1.0)}
     assert shingled[0] <= len(texts) * (1 + validate.CANDIDATES)  # of 80,000 pairs
     assert estimated[0] <= len(texts) * validate.CANDIDATES * 16  # 16 bands of 8 permutations
 
