@@ -9,7 +9,6 @@ Prefect caches nothing.
 
 import argparse
 import contextlib
-import os
 import re
 import sys
 import threading
@@ -18,11 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
-
-# before prefect is imported, which reads them then
-os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 
 import httpx
 from prefect import flow, get_client, get_run_logger, task
@@ -48,7 +42,6 @@ from flows import mend, stages
 from flows.stages import Outcome, Planned, Stopped
 from tasks.params import UserError
 
-HEARTBEAT = 30  # seconds, the least that Prefect sends; `flows.serve` has the server end a run after three
 LEASE = 60.0  # seconds, the least that Prefect takes, after which the slot of a flow that was killed is free again
 UNREACHABLE = (httpx.HTTPError, PrefectException, RuntimeError)  # the last: "Failed to reach API"
 POLL = 2.0  # seconds between two looks whether the run was cancelled

@@ -22,11 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# before prefect is imported, which reads them then
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("ITERATIVE_DO_NOT_TRACK", "1")
-os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-
 import pydantic
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact

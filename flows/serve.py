@@ -29,9 +29,10 @@ from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.schedules import Cron
 from prefect.settings import PREFECT_API_URL
 
-import flows.pipeline as pipeline_module  # sets what prefect reads at its import
+import flows.pipeline as pipeline_module
 import flows.retrain as retrain_module
 import flows.sweep as sweep_module
+from flows import HEARTBEAT
 
 LOST = "reforge: runs whose process died"
 
@@ -71,7 +72,7 @@ def end_lost_runs() -> None:
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
-            within=timedelta(seconds=3 * pipeline_module.HEARTBEAT),
+            within=timedelta(seconds=3 * HEARTBEAT),
         ),
         actions=[ChangeFlowRunState(name="Crashed", state=StateType.CRASHED, force=False, message="Its process is gone: no heartbeat.")],
     )  # fmt: skip

@@ -249,6 +249,27 @@ def test_three_wordings_of_a_question_of_any_domain() -> None:
     assert stage.wordings(row) == ["How do I file a claim? Thank you.", "I have a question. How do I file a claim?"]
 
 
+@pytest.mark.parametrize(
+    ("prediction", "reference", "recall"),
+    [
+        ("완전히 틀린 답", "42", 0.0),
+        ("답은 42입니다", "42", 1.0),
+        ("아니요", "no", 0.0),
+        ("No, thanks.", "no", 1.0),
+        ("정답은 HTTP 404 오류입니다", "HTTP 404", 1.0),
+        ("The answer is PostgreSQL (포스트그레스)", "PostgreSQL database", 0.5),
+        ("네, 그렇습니다", "네", 1.0),
+        ("아니요", "네", 0.0),
+        ("고혈압은 140 mmHg 이상", "고혈압은 140 이상", 1.0),
+    ],
+)
+def test_recall_of_short_and_mixed_references(prediction: str, reference: str, recall: float) -> None:
+    import evaluate
+
+    found = evaluate.load("./tasks/metrics/overlap").compute(predictions=[prediction], references=[reference])
+    assert found["recall"] == [pytest.approx(recall)]
+
+
 def test_consistency_is_the_agreement_of_answers() -> None:
     same, other = "A thumb that is shorter than usual.", "Enlargement of the renal pelvis."
     assert stage.consistency([same, same, same]) == 1.0

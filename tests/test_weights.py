@@ -331,7 +331,7 @@ def test_talking_to_a_pickle_is_refused(tmp_path: Path, folder: str) -> None:
     (tmp_path / config).write_text("{}")
     (tmp_path / "other.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     with pytest.raises(UserError, match=r"pickled ones \(\.bin, \.pt\) are never loaded"):
-        chat._load(tmp_path)
+        chat._load(tmp_path, None)
 
 
 def test_a_rank_above_a_layer_is_named(models: Path, tmp_path: Path) -> None:

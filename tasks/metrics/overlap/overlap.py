@@ -1,7 +1,7 @@
 """How much of a reference an answer says: ROUGE-L, chrF and recall of its content words, per answer.
 
 Words are runs of letters and digits of any script; for text without spaces (Chinese, Japanese, Thai) and for Korean, whose
-words carry their particles, recall counts character bigrams instead.
+words carry their particles, recall counts character bigrams instead. In mixed text each script is counted in its own way.
 """
 
 import re
@@ -11,7 +11,7 @@ import evaluate
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import CHRF
 
-_BIGRAM_SCRIPTS = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+_BIGRAM_SCRIPTS = r"\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _COMMON = frozenset(
     "the and with that this for are was from which than its into more one two not any all can has have".split()
 )
@@ -24,12 +24,17 @@ class _Words:
         return re.findall(r"\w+", text.lower())
 
 
-def pieces(text):
-    """What recall counts: content words, or character bigrams."""
-    if _BIGRAM_SCRIPTS.search(text):
-        bare = "".join(re.findall(r"\w", text.lower()))
-        return {bare[i : i + 2] for i in range(len(bare) - 1)} or {bare}
-    return {word for word in re.findall(r"\w{3,}", text.lower()) if word not in _COMMON}
+def pieces(text, every=False):
+    """What recall counts: content words, and character bigrams of the scripts that have them; `every` word and character
+    where a reference has nothing else ("42", "no", "네").
+    """
+    text = text.lower()
+    words = re.findall(rf"[^\W{_BIGRAM_SCRIPTS}]+", text)  # cut where scripts meet: 404입니다
+    letters = "".join(re.findall(rf"[{_BIGRAM_SCRIPTS}]", text))
+    if every:
+        return {*words, *letters}
+    bigrams = {letters[i : i + 2] for i in range(len(letters) - 1)}
+    return bigrams | {word for word in words if len(word) >= 3 and word not in _COMMON}
 
 
 class Overlap(evaluate.Metric):
@@ -48,6 +53,7 @@ class Overlap(evaluate.Metric):
         for prediction, reference in zip(predictions, references, strict=True):
             out["rouge_l"].append(rouge.score(reference, prediction)["rougeL"].fmeasure)
             out["chrf"].append(chrf.sentence_score(prediction, [reference]).score / 100)
-            wanted = pieces(reference)
-            out["recall"].append(len(wanted & pieces(prediction)) / len(wanted) if wanted else 1.0)
+            bare = not pieces(reference)
+            wanted = pieces(reference, every=bare)
+            out["recall"].append(len(wanted & pieces(prediction, every=bare)) / len(wanted) if wanted else 1.0)
         return out
