@@ -360,7 +360,10 @@ def scoring(
     held = HELD if device.kind == "cpu" else 1.0
     every = 10 * rows * answer * facts["vocabulary"]  # `models.token_logits`, in 16 and 32 bits, and their log-softmax
     head = head_bytes(facts, device, rows * answer, True) if packed else every
-    return [Part(f"one layer of {tokens:,} tokens, with holes", int(held * layer)), Part("logits", int(head))]
+    return [
+        Part(f"one layer of {tokens:,} tokens{', with holes' * (held > 1)}", int(held * layer)),
+        Part("logits", int(head)),
+    ]
 
 
 def distinct(rows: Iterable[Sequence[int]]) -> int:

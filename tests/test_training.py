@@ -201,17 +201,15 @@ def scored(tiny: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) 
     ]
     schema = {"messages": pl.List(records.MESSAGE)}
     records.write(pl.DataFrame(pairs, schema_overrides=schema), folder / "pairs.parquet")
-    reference.run(
-        folder / "pairs.parquet",
-        tiny,
-        trained / "adapter",
-        folder / "scored.parquet",
-        folder / "metrics.json",
-        params=Reference(),
-        template=Template(),
-        quantization=NF4,
-    )
-    return folder / "scored.parquet"
+    return _score(tiny, trained / "adapter", folder / "pairs.parquet", folder)
+
+
+def _score(tiny: Path, adapter: Path, pairs: Path, folder: Path) -> Path:
+    """`pairs` under the reference `adapter`."""
+    out = folder / "scored.parquet"
+    settings = {"params": Reference(), "template": Template(), "quantization": NF4}
+    reference.run(pairs, tiny, adapter, out, folder / "scored.json", **settings)
+    return out
 
 
 def _dpo(
@@ -270,25 +268,15 @@ def test_a_validation_leaves_trainable_what_was(
     """A whole module that is trained beside the adapter, too; the second epoch would stop training it."""
     lora = LORA | {"modules_to_save": ["norm"]}
     _sft(tiny, facts, rows, tmp_path / "sft", lora=lora, params={"num_train_epochs": 1})
-    _dpo(tiny, tmp_path / "sft/adapter", _rescored(tiny, tmp_path / "sft/adapter", scored, tmp_path), tmp_path / "dpo")
+    _dpo(
+        tiny,
+        tmp_path / "sft/adapter",
+        _score(tiny, tmp_path / "sft/adapter", scored.with_name("pairs.parquet"), tmp_path),
+        tmp_path / "dpo",
+    )
     trained = models.load_adapter(models.load(tiny, None), tmp_path / "dpo/adapter", trainable=True)
     metrics = json.loads((tmp_path / "dpo/metrics.json").read_text())
     assert metrics["trainable_parameters"] == sum(p.numel() for p in trained.parameters() if p.requires_grad)
-
-
-def _rescored(tiny: Path, adapter: Path, scored: Path, folder: Path) -> Path:
-    """The same pairs under the reference `adapter`."""
-    reference.run(
-        scored.with_name("pairs.parquet"),
-        tiny,
-        adapter,
-        folder / "rescored.parquet",
-        folder / "rescored.json",
-        params=Reference(),
-        template=Template(),
-        quantization=NF4,
-    )
-    return folder / "rescored.parquet"
 
 
 def test_without_validation_rows(tiny: Path, facts: Path, rows: Path, scored: Path, tmp_path: Path) -> None:
@@ -301,7 +289,7 @@ def test_without_validation_rows(tiny: Path, facts: Path, rows: Path, scored: Pa
     found = _sft(tiny, facts, few, tmp_path / "sft", params=watched)
     assert found["steps"] == 6
     assert found["eval_loss_best"] is None
-    pairs = _rescored(tiny, tmp_path / "sft/adapter", scored, tmp_path)
+    pairs = _score(tiny, tmp_path / "sft/adapter", scored.with_name("pairs.parquet"), tmp_path)
     records.write(records.read(pairs).with_columns(part=pl.lit("train")), few / "pairs.parquet")
     found = _dpo(tiny, tmp_path / "sft/adapter", few / "pairs.parquet", tmp_path / "dpo", **watched)
     assert "kl_to_reference" not in found
