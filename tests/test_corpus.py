@@ -532,20 +532,19 @@ def test_when_nothing_is_left_it_is_said(raw: Path, tiny: Path, name: str) -> No
 
 def test_a_row_that_the_template_refuses_is_named(raw: Path, tiny: Path) -> None:
     shutil.copytree(tiny, raw.parent / "model")
-    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
+    refuses = "{% if messages | length > 3 %}{{ raise_exception('one question, please') }}{% endif %}"
     (raw.parent / "model/chat_template.jinja").write_text(refuses + (tiny / "chat_template.jinja").read_text())
     rows = [talk(("user", f"a{n}"), ("assistant", f"b{n}")) for n in range(9)]
-    (raw / "a.jsonl").write_bytes(
-        b"\n".join([*rows, talk(("system", "a"), ("user", "a"), ("assistant", "b"), split="train")])
-    )
+    two = talk(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), split="train")
+    (raw / "a.jsonl").write_bytes(b"\n".join([*rows, two]))
     read(raw, "a.jsonl")
     checked(raw, tiny)
     split.run(raw.parent / "out.parquet", raw.parent / "rows", raw.parent / "split.json", Split(test=0.3), 1)
     paths = [raw.parent / name for name in ("t", "preview.md", "t.json", "lengths.csv")]
     with pytest.raises(UserError) as error:
         template.run(raw.parent / "rows", raw.parent / "model", *paths, Template(), 1)
-    assert one_line(error).startswith("data/raw/a.jsonl:10: the chat template can't render system, user")
-    assert "no system, please" in str(error.value)
+    assert one_line(error).startswith("data/raw/a.jsonl:10: the chat template can't render user, assistant, user")
+    assert "one question, please" in str(error.value)
 
 
 def test_a_term_without_its_everyday_word_is_no_pair(raw: Path) -> None:
