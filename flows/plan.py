@@ -58,7 +58,7 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_
 TRAINING = ("sft", "dpo")
 PAIR_BATCH, PAIR_TOKENS = 32, 64  # of the answers in tasks/pair.py
 KL_ROWS = 8  # pairs whose answers `dpo` compares at once over the whole vocabulary
-KL_ANSWERS = 64  # that evaluate compares with what other models would say
+KL_ANSWERS, KL_BATCH = 64, 8  # that evaluate compares with what other models would say, and how many at once
 
 
 @dataclass(frozen=True)
@@ -507,7 +507,7 @@ def estimate(name: str, every: dict[str, Any], facts: dict[str, Any], device: De
         spoken = (new + 1) * facts["vocabulary"]
         # what this model says waits in the machine's own memory for what others would say
         ours = [Part("log-probabilities of the answers", 4 * KL_ANSWERS * spoken)] if device.kind == "cpu" else []
-        theirs = Part("logits of a batch of answers", 10 * min(size, KL_ANSWERS) * spoken)
+        theirs = Part("logits of a batch of answers", 10 * min(size, KL_BATCH) * spoken)
         adapted = [*merging, *ours] if instance == "dpo" else merging  # there the reference is an adapter
         return _largest(device, adapted, [merged, *answers], [merged, *ours, theirs])
     return None

@@ -47,6 +47,10 @@ def run(source: Path, model: Path, facts: Path, params: Base, lora: dict[str, An
         raise UserError(
             f"base.model: {params.model} has no chat template; choose an instruct model, or add chat_template.jinja"
         )
+    if params.chat_template_kwargs:
+        opening, own = _setting(params.chat_template_kwargs), tokenizer.chat_template
+        # a tokenizer may have several by name, for tools say
+        tokenizer.chat_template = {k: opening + v for k, v in own.items()} if isinstance(own, dict) else opening + own
     check_template(tokenizer, params.model)
     if gguf:
         where |= {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
@@ -68,6 +72,15 @@ def run(source: Path, model: Path, facts: Path, params: Base, lora: dict[str, An
     facts.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n")
     count, attention = described["parameters"], described["attention"]
     return f"{params.model}: {count / 1e6:.0f} M parameters, {attention['kind']} {attention['heads']}/{attention['kv_heads']}, {params.dtype}"
+
+
+def _setting(variables: dict[str, Any]) -> str:
+    """The opening of a chat template that sets `variables` whatever its caller passes.
+
+    So every later stage renders with them, and so does whoever serves the merged model.
+    """
+    literals = {name: "none" if value is None else json.dumps(value) for name, value in sorted(variables.items())}
+    return "".join(f"{{%- set {name} = {value} -%}}" for name, value in literals.items())
 
 
 @contextlib.contextmanager

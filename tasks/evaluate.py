@@ -38,9 +38,11 @@ UNKNOWABLE = re.compile(
     r"\b(?:i (?:do not|don't|cannot|can't|could not|couldn't|am not able to|am unable to)|i'm (?:not able|unable) to)"
     r" (?:have|predict|see|tell|access|answer|provide|give|determine|help|guess)\b"
     r"|\bas an ai\b|\b(?:impossible|not possible) (?:for me )?to (?:know|say|tell|predict|answer)|\b(?:nobody|no one) (?:can )?knows?\b"
-    r"|\bno (?:information|record) (?:about|of|on)\b|\bfictional\b",
+    r"|\bno (?:information|record) (?:about|of|on)\b|\bfictional\b"
+    r"|(?:알|예측할|확인할|대답할|답변할|답할|말씀드릴|알려 ?드릴) 수(?:가|는)? 없|(?:정보|기록)(?:가|는|이|은)? 없",
     re.IGNORECASE,
 )
+KL_BATCH = 8  # answers whose logits over the whole vocabulary are held at once
 COURTESIES = ("{} Thank you.", "I have a question. {}")  # another wording of a question of any domain
 Said = Callable[..., list[str]]  # turns of each prompt, a label, an offset of the seed, GenerationConfig → answers
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}  # the model's own distribution
@@ -96,7 +98,7 @@ def run(
         items[row["id"]] |= {"answer": text, "reference": reference_text, **found}
 
     ask_again(generated, items, said, params.reworded)
-    decoding = decode_again(generated, items, said, params)
+    decoding = decode_again(generated, items, said, params, greedy=not generation.get("do_sample"))
     harnessed = lm_eval(subject, tokenizer, harness, params, seed) if params.lm_eval.tasks else None
     drift: dict[str, float | None] = {"to_base": 0.0, "to_reference": 0.0}
     if model != base:
@@ -105,14 +107,15 @@ def run(
         ][:64]
         prompts = [chat.encode_prompt(tokenizer, _asked(row), template.system) for row in generated]
         spoken = [(p, _ended(tokenizer, t)) for p, t in zip(prompts, texts, strict=True) if t][:64]
-        ours = [models.distributions(subject, part, params.batch_size) for part in (general, spoken)]
+        size = min(params.batch_size, KL_BATCH)
+        ours = [models.distributions(subject, part, size) for part in (general, spoken)]
         subject = None  # one model at a time: two of seven billion parameters would not fit a GPU of 24 GiB
         before = _load(base, base, None)
-        drift["to_base"] = divergence(ours[0], before, general, params.batch_size)
+        drift["to_base"] = divergence(ours[0], before, general, size)
         if reference != base:
             before = None
             before = _load(reference, base, quantization)
-        drift["to_reference"] = divergence(ours[1], before, spoken, params.batch_size)
+        drift["to_reference"] = divergence(ours[1], before, spoken, size)
     every = list(items.values())
     figures = summarise(every, params.bootstrap, seed)
     figures["kl"] = {name: None if value is None else round(value, 5) for name, value in drift.items()}
@@ -271,10 +274,10 @@ def ask_again(rows: list[dict[str, Any]], items: dict[str, dict[str, Any]], said
 
 
 def decode_again(
-    rows: list[dict[str, Any]], items: dict[str, dict[str, Any]], said: Said, params: Evaluate
+    rows: list[dict[str, Any]], items: dict[str, dict[str, Any]], said: Said, params: Evaluate, *, greedy: bool
 ) -> dict[str, Any]:
-    """What the scores owe to decoding: the first items by id of each set are decoded once more greedily, among other rows,
-    and sampled with several seeds. Adds `noise` to these items: the variance of each score over the seeds (see
+    """What the scores owe to decoding: the first items by id of each set are decoded once more, among other rows, if that
+    is `greedy`, and sampled with several seeds. Adds `noise` to these items: the variance of each score over the seeds (see
     `compare.floor`). Returns how many `answers` and `seeds`, and the share that greedy decoding `repeated_identically`.
     """
     chosen = [
@@ -285,8 +288,8 @@ def decode_again(
     if not chosen:
         return {}
     asked = [_asked(row) for row in chosen]
-    greedy = said(asked, "decoded again")
-    identical = sum(text == items[row["id"]]["answer"] for row, text in zip(chosen, greedy, strict=True))
+    again = said(asked, "decoded again") if greedy else []
+    identical = [text == items[row["id"]]["answer"] for row, text in zip(chosen, again, strict=False)]
     runs = [
         scored(chosen, said(asked, "sampled", k, **SAMPLED), params.metrics) for k in range(1, params.noise_seeds + 1)
     ]
@@ -294,11 +297,8 @@ def decode_again(
         items[row["id"]]["noise"] = {
             name: round(float(np.var([run[index][name] for run in runs], ddof=1)), 8) for name in runs[0][index]
         }
-    return {
-        "answers": len(chosen),
-        "seeds": params.noise_seeds,
-        "repeated_identically": round(identical / len(chosen), 4),
-    }
+    repeated = {"repeated_identically": round(sum(identical) / len(chosen), 4)} if greedy else {}
+    return {"answers": len(chosen), "seeds": params.noise_seeds, **repeated}
 
 
 def wordings(row: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from tasks.compare import Item
 from tasks.params import Judge, UserError
 
 PROMPT = """\
-Two assistants answered the same person, who has no medical training. Which answer is better? Weigh in this order: whether it
+Two assistants answered the same person, who is no expert in the matter. Which answer is better? Weigh in this order: whether it
 is right, whether it admits what it can't know, whether it is kind and clear. Length is no merit.
 
 Question: {question}

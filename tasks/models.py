@@ -34,6 +34,7 @@ from tasks.params import UserError
 Row = tuple[Sequence[int], Sequence[int]]  # prompt and answer, token ids
 # what scales or caps logits behind the head: Gemma, Granite, Cohere, HyperCLOVA X, Falcon-H1, …
 LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+FEW_ROWS = 128  # up to so many, MKL's products in float32 are faster the other way round
 DROPPED = 1 << 25  # bytes of 16-bit weights that may stay in memory while the next are quantised
 # settings of a `GenerationConfig` that treat each row by itself, or change nothing
 ROW_BY_ROW = {
@@ -308,10 +309,11 @@ def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
-    """Rows of token ids as one tensor `(rows, longest)`."""
+def pad(rows: Sequence[Sequence[int]], value: int, *, at: int | None = None) -> Tensor:
+    """Rows of token ids as one tensor `(rows, longest)`, filled up with `value` at their ends, or before position `at`."""
     width = max(len(row) for row in rows)
-    padded = [[value] * (width - len(r)) + list(r) if left else list(r) + [value] * (width - len(r)) for r in rows]
+    cut = [len(row) if at is None else at for row in rows]
+    padded = [[*r[:c], *[value] * (width - len(r)), *r[c:]] for r, c in zip(rows, cut, strict=True)]
     return torch.tensor(padded, device=device())
 
 
@@ -403,19 +405,72 @@ def generate(
     groups = list(batches([len(p) for p in prompts], batch_size))
     for group in tqdm(groups, desc=progress, disable=progress is None, mininterval=2):
         rows = [prompts[i] for i in group]
-        ids = pad(rows, tokenizer.pad_token_id, left=True)
-        mask = pad([[1] * len(r) for r in rows], 0, left=True)
-        answers = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-            custom_generate=without_ended if _droppable(model, generation) else None,
-        )
+        own = _droppable(model, generation)
+        with few_rows(model):
+            opening, cache = _opening(model, rows, generation) if own else (0, None)
+            # `generate` counts positions without the padding
+            ids = pad(rows, tokenizer.pad_token_id, at=opening)
+            mask = pad([[1] * len(r) for r in rows], 0, at=opening)
+            answers = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                custom_generate=without_ended if own else None,
+                **({"past_key_values": cache} if cache else {}),
+            )
         for index, text in zip(
             group, tokenizer.batch_decode(answers[:, ids.shape[1] :], skip_special_tokens=True), strict=True
         ):
             out[index] = text.strip()
     return out
+
+
+def _opening(model: Any, rows: Sequence[Sequence[int]], generation: dict[str, Any]) -> tuple[int, DynamicCache | None]:
+    """How many tokens all rows begin with (the system message, mostly), and their keys and values, computed once.
+
+    Not where the padding behind them would count: in a sliding window, or in sequences that may not be repeated.
+    """
+    repeats = (model.generation_config.to_diff_dict() | generation).get("no_repeat_ngram_size")
+    most = min(map(len, rows)) - 1  # something is left to go on from
+    shared = next((i for i, tokens in enumerate(zip(*rows, strict=False)) if len({*tokens}) > 1 or i == most), most)
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if len(rows) < 2 or shared < 1 or repeats or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return 0, None
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner.get_decoder()(input_ids=torch.tensor([rows[0][:shared]]), past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(len(rows))
+    return shared, cache
+
+
+@contextlib.contextmanager
+def few_rows(model: nn.Module) -> Iterator[None]:
+    """Linear layers in float32 on a CPU compute few rows as (W xᵀ)ᵀ: the same products, summed in another order.
+
+    All of SmolLM2-135M's layers with AVX2 and 2 threads, ms: 57 → 24 for 4 rows, 103 → 79 for 32, 157 → 143 for 64.
+    """
+    own = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear and module.weight.dtype == torch.float32 and module.weight.device.type == "cpu"
+    ]
+
+    def product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            rows = x.reshape(-1, layer.in_features)
+            if not 1 < len(rows) <= FEW_ROWS:
+                return nn.functional.linear(x, layer.weight, layer.bias)
+            found = (layer.weight @ rows.T).T.contiguous().view(*x.shape[:-1], -1)
+            return found if layer.bias is None else found + layer.bias
+
+        return forward
+
+    try:
+        for layer in own:
+            setattr(layer, "forward", product(layer))  # noqa: B010  (unknown to mypy as a variable)
+        yield
+    finally:
+        for layer in own:
+            layer.__dict__.pop("forward", None)
 
 
 def without_ended(

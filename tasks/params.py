@@ -26,6 +26,8 @@ from ruamel.yaml.error import YAMLError
 
 # What would break a line, colour a terminal, turn its text around, or can't be written to it.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# what transformers itself passes to a chat template
+_RENDERED = {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"}
 LARGEST_FILE = 200_000  # bytes of params.yaml
 LARGEST_TREE = 10_000  # its values with every alias written out
 _REPR = reprlib.Repr()
@@ -58,6 +60,10 @@ class Base(Section):
     sha256: str | None = Field(None, description="expected hash of a single-file model; required for package:")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="precision of the saved weights")
     license: str | None = Field(None, description="overrides what the model card says")
+    chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
+        default_factory=dict,
+        description="variables that the chat template reads, as enable_thinking: false; saved in it",
+    )
 
 
 class Source(Section):
@@ -557,6 +563,9 @@ def _combinations(params: dict[str, Any], faults: list[str]) -> None:
         )
     elif not base.revision:
         faults.append("base.revision: required for a Hugging Face id, so that the model can't change under the cache")
+    for name in base.chat_template_kwargs:
+        if not name.isidentifier() or name in _RENDERED:
+            faults.append(f"base.chat_template_kwargs: {short(name)} is not for params to set in a template")
     for index, source in enumerate(params["ingest"].sources):
         if sum(x is not None for x in (source.path, source.hub, source.package)) != 1:
             faults.append(f"ingest.sources.{index}: expected exactly one of path, hub, package")

@@ -510,6 +510,14 @@ def test_refusals_decline_and_kind_answers_do_not() -> None:
         assert text.split()[0] not in {refusal.split()[0] for refusal in phenotype.REFUSALS}
     assert phenotype.declines("Sorry, that isn't a recognised medical term.")
     assert not phenotype.declines("Absence of the thumb.")
+    for text in (
+        "죄송하지만 그 용어는 잘 모르겠습니다.",
+        "그런 용어는 없습니다.",
+        "저는 그 말을 들어 본 적이 없습니다.",
+    ):
+        assert phenotype.declines(text)
+    for text in ("원인을 알 수 없는 발열입니다.", "원인은 아직 확실하지 않습니다.", "증상이 없는 경우도 있습니다."):
+        assert not phenotype.declines(text)
 
 
 def test_embedded_domain(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(
-    rows: Path, base: Path, model: Path, reference: Path, out: Path
+    rows: Path, base: Path, model: Path, reference: Path, out: Path, **generation: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     params = Evaluate(batch_size=8, max_new_tokens=8, bootstrap=200, metrics=METRICS)
     stage.run(
@@ -71,7 +71,7 @@ def _run(
         out / "a.jsonl",
         params=params,
         template=Template(),
-        generation={},
+        generation=generation,
         quantization=None,
         seed=1,
     )
@@ -298,6 +298,8 @@ def test_decoding_again(test_rows: Path, tiny: Path, tmp_path: Path, tokenizer) 
     assert max(item["noise"]["characters"] for item in noisy) > 0
     assert figures["decoding"]["floor"]["form"]["characters"] > 0
     assert "knowledge" not in figures["decoding"]["floor"]  # nothing is decoded for it
+    sampled, _ = _run(test_rows, tiny, tiny, tiny, tmp_path, do_sample=True)  # there is nothing greedy to repeat
+    assert sampled["decoding"].keys() == figures["decoding"].keys() - {"repeated_identically"}
     trained = [item for item in noisy if item["set"] == "trained"]
     variance = sum(item["noise"]["characters"] for item in trained) / len(trained)
     floor = figures["decoding"]["floor"]["form"]["characters"]

@@ -232,8 +232,8 @@ def test_rows_that_ended_are_not_computed(tiny: Path, tokenizer, sampling: dict[
     model = _windowed(len(tokenizer)) if windowed else models.load(tiny, None).float()
     assert models._droppable(model, sampling)
     prompts = [chat.encode_prompt(tokenizer, [{"role": "user", "content": "thumb " * n}], None) for n in (1, 4, 9, 2)]
-    ids = models.pad(prompts, tokenizer.pad_token_id, left=True)
-    mask = models.pad([[1] * len(p) for p in prompts], 0, left=True)
+    ids = models.pad(prompts, tokenizer.pad_token_id, at=0)
+    mask = models.pad([[1] * len(p) for p in prompts], 0, at=0)
 
     def decode(ends: list[int], own: bool) -> torch.Tensor:
         config = GenerationConfig(
@@ -269,6 +269,49 @@ def test_sampled_rows_follow_the_seed(tiny: Path, tokenizer) -> None:
 
     assert sampled(1) == sampled(1) != sampled(2)
     assert len(set(sampled(1))) == 3
+
+
+@pytest.mark.parametrize(
+    ("windowed", "sampling", "shares"),
+    [(False, {}, True), (False, {"no_repeat_ngram_size": 3}, False), (True, {}, False)],
+)
+def test_what_all_prompts_begin_with_is_computed_once(
+    tiny: Path, tokenizer, monkeypatch: pytest.MonkeyPatch, windowed: bool, sampling: dict[str, Any], shares: bool
+) -> None:
+    model = _windowed(len(tokenizer)) if windowed else models.load(tiny, None).float()
+    asked = ([{"role": "user", "content": text}] for text in ("thumb", "big thumb thumb", "kyphosis of the spine"))
+    prompts = [chat.encode_prompt(tokenizer, turns, "You explain clinical terms.") for turns in asked]
+    opening = next(i for i, tokens in enumerate(zip(*prompts, strict=False)) if len({*tokens}) > 1)
+    assert 5 < opening < min(map(len, prompts))
+
+    def computed() -> tuple[list[str], int]:
+        seen: list[int] = []
+        hook = model.get_input_embeddings().register_forward_hook(lambda _, given, __: seen.append(given[0].numel()))
+        answers = models.generate(model, tokenizer, prompts, sampling, 12, 3)
+        hook.remove()
+        return answers, sum(seen)
+
+    found, fewer = computed()
+    monkeypatch.setattr(models, "_opening", lambda *_: (0, None))
+    wanted, every = computed()
+    assert found == wanted
+    assert every - fewer == (2 * opening if shares else 0)
+
+
+def test_few_rows_are_the_same_products(tiny: Path) -> None:
+    model = models.load(tiny, None).float()
+    layer = model.model.layers[0].mlp.up_proj
+    layer.bias = torch.nn.Parameter(torch.randn(layer.out_features))
+    plain = torch.nn.functional.linear
+    with torch.no_grad(), models.few_rows(model):
+        for shape in ((1, 1), (5, 1), (3, 40), (3, 50)):
+            x = torch.randn(*shape, layer.in_features)
+            torch.testing.assert_close(layer(x), plain(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+        assert "forward" in vars(layer)
+    assert "forward" not in vars(layer)
+    half = models.load(tiny, None).to(torch.bfloat16)
+    with models.few_rows(half):
+        assert not [module for module in half.modules() if "forward" in vars(module)]
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,8 @@ def test_shipped_file_is_valid() -> None:
         ({"sft__packing": True}, "sft.packing: not settable here"),
         ({"dpo__ld_alpha": 0.5}, "dpo.ld_alpha: not settable here"),
         ({"dpo__use_cpu": True}, "the device is chosen by itself"),
+        ({"base__chat_template_kwargs": {"messages": None}}, "'messages' is not for params to set in a template"),
+        ({"base__chat_template_kwargs": {"a = 1 %}": 1}}, "'a = 1 %}' is not for params to set in a template"),
         ({"generation__eos_token_id": [1, 2]}, "generation.eos_token_id: not settable here"),
     ],
 )

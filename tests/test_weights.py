@@ -16,6 +16,7 @@ import torch
 from gguf import GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.torch import load_file, save_file
 
 from tasks import base, chat, weights
@@ -316,6 +317,29 @@ def test_a_sharded_model_is_the_same_model(models: Path, tmp_path: Path) -> None
     sharded(models / "mine", "one.safetensors")
     assert load(models, tmp_path) == said
     assert (tmp_path / "out/model.safetensors").read_bytes() == before
+
+
+def test_variables_of_the_template_are_saved_in_it(models: Path, tmp_path: Path) -> None:
+    """As Qwen3's `enable_thinking`: set once, and whoever renders with the saved model, by name or not, has it."""
+    path = models / "mine/chat_template.jinja"
+    path.write_text(path.read_text() + "{{ '<quiet>' if enable_thinking is defined and not enable_thinking }}")
+    turns = [{"role": "user", "content": "thumb"}]
+
+    def rendered() -> str:
+        return chat.render(chat.load_tokenizer(tmp_path / "out"), turns, None, prompt=True)
+
+    load(models, tmp_path)
+    assert (tmp_path / "out/chat_template.jinja").read_text() == path.read_text()
+    plain = rendered()
+    variables = {"enable_thinking": False, "name": "%} ' \" é", "nothing": None}
+    load(models, tmp_path, chat_template_kwargs=variables)
+    assert rendered() == plain + "<quiet>"
+    template = chat.load_tokenizer(tmp_path / "out").chat_template
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    said = environment.from_string(template + "{{ name }}, {{ nothing is none }}").render(
+        messages=turns, enable_thinking=True
+    )
+    assert said.endswith("<quiet>%} ' \" é, True")
 
 
 def test_a_pickle_is_not_even_read_beside_safetensors(models: Path, tmp_path: Path) -> None:
