@@ -31,7 +31,9 @@ from tasks import records as recs
 from tasks.params import Evaluate, Template, UserError
 
 REFERS = re.compile(
-    r"\b(doctor|nurse|clinician|clinic|pharmacist|care team|physician|medical professional|healthcare)", re.IGNORECASE
+    r"\b(doctor|nurse|clinician|clinic|pharmacist|care team|physician|medical professional|healthcare)"
+    r"|의사|의료진|주치의|전문의|전문가|간호사|약사|병원|변호사|법률 ?상담|노무사|세무사",
+    re.IGNORECASE,
 )
 # How models say that a question can't be answered, beside what `phenotype.declines` finds: about terms nobody says these.
 UNKNOWABLE = re.compile(
@@ -43,7 +45,9 @@ UNKNOWABLE = re.compile(
     re.IGNORECASE,
 )
 KL_BATCH = 8  # answers whose logits over the whole vocabulary are held at once
-COURTESIES = ("{} Thank you.", "I have a question. {}")  # another wording of a question of any domain
+# another wording of a question of any domain, and of one in Korean
+COURTESIES = ("{} Thank you.", "I have a question. {}")
+COURTESIES_KO = ("{} 감사합니다.", "궁금한 것이 있습니다. {}")
 Said = Callable[..., list[str]]  # turns of each prompt, a label, an offset of the seed, GenerationConfig → answers
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}  # the model's own distribution
 
@@ -255,7 +259,7 @@ def scored(rows: list[dict[str, Any]], texts: list[str], metrics: list[str]) -> 
                     f"evaluate.metrics: {name} gives one {measure} for all answers; a module that scores each is needed"
                 )
             for row, found, value in zip(rows, out, values, strict=True):
-                if measure not in ("rouge_l", "chrf", "recall") or row["kind"] == "chat":
+                if value is not None and (measure not in ("rouge_l", "chrf", "recall") or row["kind"] == "chat"):
                     found[measure] = float(value)
     return out
 
@@ -295,7 +299,9 @@ def decode_again(
     ]
     for index, row in enumerate(chosen):
         items[row["id"]]["noise"] = {
-            name: round(float(np.var([run[index][name] for run in runs], ddof=1)), 8) for name in runs[0][index]
+            name: round(float(np.var([run[index][name] for run in runs], ddof=1)), 8)
+            for name in runs[0][index]
+            if all(name in run[index] for run in runs)  # a draw in another language has not all of them
         }
     repeated = {"repeated_identically": round(sum(identical) / len(chosen), 4)} if greedy else {}
     return {"answers": len(chosen), "seeds": params.noise_seeds, **repeated}
@@ -308,7 +314,7 @@ def wordings(row: dict[str, Any]) -> list[str]:
         others = [text.format(t=phenotype.lower_first(row["term"])) for text in phenotype.DEFINITION["test"]]
         if asked in others:
             return [text for text in others if text != asked]
-    return [text.format(asked) for text in COURTESIES]
+    return [text.format(asked) for text in (COURTESIES_KO if re.search("[가-힣]", asked) else COURTESIES)]
 
 
 def consistency(answers: Sequence[str]) -> float:

@@ -225,6 +225,29 @@ def test_manner_tells_warm_from_clinical_in_words_it_never_saw() -> None:
     assert found["grade"][0] < found["grade"][1]
 
 
+def test_manner_in_korean_is_more_than_politeness() -> None:
+    """Cold sentences here are as polite as warm ones; what counts English words says nothing of them."""
+    import evaluate
+
+    warm = [
+        "환불이 늦어져 많이 속상하셨지요, 바로 확인해 드릴게요.",
+        "겁이 나시는 게 당연하지요, 저희가 도와 드리겠습니다.",
+    ]
+    cold = ["구개열은 입천장이 갈라진 선천성 기형입니다.", "배터리의 용량은 5000밀리암페어시입니다."]
+    english = "Bilateral enlargement of the renal pelvis is observed in the affected individuals."
+    said = [*warm, *cold, english]
+    found = evaluate.load("./tasks/metrics/manner").compute(predictions=said, references=[""] * len(said))
+    assert min(found["kindness"][:2]) > 0.7 > 0.3 > max(found["kindness"][2:])
+    assert [value is None for value in found["grade"]] == [True] * 4 + [False]
+    row = _row(1, "trained")[0] | {"lay": None, "kind": "question"}
+    kept = stage.scored([row] * 2, [warm[0], english], METRICS)
+    assert {"grade", "valence", "hedges"} == kept[1].keys() - kept[0].keys() - {
+        "second_person",
+        "first_person",
+        "empathy",
+    }
+
+
 def test_no_word_of_empathy_stands_in_a_wrapper() -> None:
     """A model that parrots the wrappers gains nothing in empathy, one that finds words of its own does."""
     import evaluate
@@ -247,6 +270,8 @@ def test_three_wordings_of_a_question_of_any_domain() -> None:
     ]
     row["messages"][0]["content"] = "How do I file a claim?"
     assert stage.wordings(row) == ["How do I file a claim? Thank you.", "I have a question. How do I file a claim?"]
+    row["messages"][0]["content"] = "계약을 해지하려면?"
+    assert stage.wordings(row) == ["계약을 해지하려면? 감사합니다.", "궁금한 것이 있습니다. 계약을 해지하려면?"]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Kindness and plainness of answers, by features that no training wrapper shares. Per answer.
 
 `kindness` is the probability of the warm class under a TF-IDF and logistic-regression classifier fitted on `sentences.jsonl`,
-sentences written apart from every training row. The rest are rates per word: second person, first person, hedges; the
-compound score of VADER (Hutto & Gilbert 2014); and the Flesch-Kincaid grade.
+sentences written apart from every training row, or on `sentences.ko.jsonl` for text that is mostly Korean. The rest are rates
+per word: second person, first person, hedges; the compound score of VADER (Hutto & Gilbert 2014); and the Flesch-Kincaid
+grade. They are of English: None for Korean.
 """
 
 import json
@@ -16,7 +17,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-_SENTENCES = "sentences.jsonl"
+_FOLDER = Path("tasks/metrics/manner")
+# words of Korean carry their particles and endings, in which its politeness is: runs of characters tell more
+_ANALYSERS = {
+    "sentences.jsonl": {"ngram_range": (1, 2)},
+    "sentences.ko.jsonl": {"analyzer": "char", "ngram_range": (2, 4)},
+}
 _SECOND = re.compile(r"\b(?:you|your|yours|yourself)\b", re.IGNORECASE)
 _FIRST = re.compile(r"\b(?:i|i'm|we|us|our|my|let's)\b", re.IGNORECASE)
 _HEDGE = re.compile(r"\b(?:may|might|can|could|perhaps|usually|often|sometimes|probably|not sure)\b", re.IGNORECASE)
@@ -32,11 +38,15 @@ _EMPATHY = re.compile(
 
 def classifier(path):
     """The fitted pipeline; deterministic."""
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    model = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000)
-    )
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    counted = _ANALYSERS.get(path.name, _ANALYSERS["sentences.jsonl"])
+    model = make_pipeline(TfidfVectorizer(**counted, sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000))
     return model.fit([row["text"] for row in rows], [row["label"] == "warm" for row in rows])
+
+
+def korean(text):
+    """Whether there is more Hangul in it than Latin script."""
+    return len(re.findall(r"[\uac00-\ud7af]", text)) > len(re.findall(r"[A-Za-z]", text))
 
 
 def grade(text):
@@ -59,20 +69,29 @@ class Manner(evaluate.Metric):
             ),
         )
 
-    def _download_and_prepare(self, dl_manager):
-        self.sentences = (
-            Path(self.config_name) if self.config_name.endswith(".jsonl") else Path("tasks/metrics/manner") / _SENTENCES
-        )
-
     def _compute(self, predictions, references):
-        model, vader = classifier(self.sentences), SentimentIntensityAnalyzer()
-        words = [max(1, len(text.split())) for text in predictions]
+        vader = SentimentIntensityAnalyzer()
+        foreign = [korean(text) for text in predictions]
+        kindness = [0.0] * len(predictions)
+        for name, wanted in zip(_ANALYSERS, (False, True), strict=True):
+            at = [i for i, is_korean in enumerate(foreign) if is_korean is wanted]
+            if at:
+                warm = classifier(_FOLDER / name).predict_proba([predictions[i] for i in at])[:, 1].tolist()
+                for i, value in zip(at, warm, strict=True):
+                    kindness[i] = value
+
+        def english(score):
+            return [None if skip else score(text) for text, skip in zip(predictions, foreign, strict=True)]
+
+        def per_word(pattern):
+            return english(lambda text: len(pattern.findall(text)) / max(1, len(text.split())))
+
         return {
-            "kindness": model.predict_proba(predictions)[:, 1].tolist(),
-            "second_person": [len(_SECOND.findall(t)) / n for t, n in zip(predictions, words, strict=True)],
-            "first_person": [len(_FIRST.findall(t)) / n for t, n in zip(predictions, words, strict=True)],
-            "hedges": [len(_HEDGE.findall(t)) / n for t, n in zip(predictions, words, strict=True)],
-            "empathy": [len(_EMPATHY.findall(t)) / n for t, n in zip(predictions, words, strict=True)],
-            "valence": [vader.polarity_scores(t)["compound"] for t in predictions],
-            "grade": [grade(t) for t in predictions],
+            "kindness": kindness,
+            "second_person": per_word(_SECOND),
+            "first_person": per_word(_FIRST),
+            "hedges": per_word(_HEDGE),
+            "empathy": per_word(_EMPATHY),
+            "valence": english(lambda text: vader.polarity_scores(text)["compound"]),
+            "grade": english(grade),
         }
