@@ -131,6 +131,17 @@ def _tokens() -> list[dict[str, list[int]]]:
     ]
 
 
+def _base(folder: Path) -> Path:
+    """The base, whose config says 32 bits where these are measured: LLaMA-Factory computes in what it says."""
+    if BF16:
+        return BASE
+    copy = folder / "model"
+    shutil.copytree(BASE, copy)
+    said = json.loads((copy / "config.json").read_text()) | {"dtype": "float32", "torch_dtype": "float32"}
+    (copy / "config.json").write_text(json.dumps(said))
+    return copy
+
+
 def llama_factory(home: Path, steps: int, checkpointing: bool, stage: str = "sft") -> float:
     """Tokens per second that are no padding, or pairs per second of `dpo`."""
     python = environment(home, "llama-factory", [LLAMA_FACTORY], ["torchvision", "torchaudio"])
@@ -145,7 +156,7 @@ def llama_factory(home: Path, steps: int, checkpointing: bool, stage: str = "sft
         (folder / "rows.json").write_text(json.dumps(_texts()))
         (folder / "dataset_info.json").write_text(json.dumps({"rows": info}))
         arguments = {
-            "model_name_or_path": str(BASE), "stage": stage, "do_train": True, "finetuning_type": "lora", "lora_rank": RANK,
+            "model_name_or_path": str(_base(folder)), "stage": stage, "do_train": True, "finetuning_type": "lora", "lora_rank": RANK,
             "lora_alpha": LORA["lora_alpha"], "lora_target": "all", "dataset": "rows", "dataset_dir": name,
             "template": "smollm2", "cutoff_len": 512, "per_device_train_batch_size": BATCH, "max_steps": steps + WARM + 1,
             "learning_rate": 2e-4, "bf16": BF16, "use_cpu": True, "report_to": "none", "output_dir": f"{name}/out",
