@@ -48,7 +48,7 @@ def run(source: Path, model: Path, facts: Path, params: Base, lora: dict[str, An
             f"base.model: {params.model} has no chat template; choose an instruct model, or add chat_template.jinja"
         )
     if params.chat_template_kwargs:
-        opening, own = _setting(params.chat_template_kwargs), tokenizer.chat_template
+        opening, own = setting(params.chat_template_kwargs), tokenizer.chat_template
         # a tokenizer may have several by name, for tools say
         tokenizer.chat_template = {k: opening + v for k, v in own.items()} if isinstance(own, dict) else opening + own
     check_template(tokenizer, params.model)
@@ -74,7 +74,7 @@ def run(source: Path, model: Path, facts: Path, params: Base, lora: dict[str, An
     return f"{params.model}: {count / 1e6:.0f} M parameters, {attention['kind']} {attention['heads']}/{attention['kv_heads']}, {params.dtype}"
 
 
-def _setting(variables: dict[str, Any]) -> str:
+def setting(variables: dict[str, Any]) -> str:
     """The opening of a chat template that sets `variables` whatever its caller passes.
 
     So every later stage renders with them, and so does whoever serves the merged model.

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import chat
+from tasks import base, chat
 
 TURNS = [
     {"role": "user", "content": "What is a short thumb?"},
@@ -79,6 +79,27 @@ def test_a_system_message_opens_the_first_turn_where_the_template_has_no_place(
         assert reader.decode(asked).count("Explain.") == 1
     assert sum(label == reader.eos_token_id for label in labels) == 2
     assert chat.encode_answer(reader, turns[: 1 + own], TURNS[1]["content"], given)[-1] == reader.eos_token_id
+
+
+# what Qwen3 does with thinking: the last answer and, with it off, the prompt have an empty one
+QWEN3 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_an_empty_thought_is_the_prompts_where_it_is_switched_off(tokenizer, off: bool) -> None:
+    reader = copy.deepcopy(tokenizer)
+    reader.chat_template = (base.setting({"enable_thinking": False}) if off else "") + QWEN3
+    ids, labels = chat.encode(reader, TURNS[:2], None)
+    asked = chat.encode_prompt(reader, TURNS[:1], None)
+    assert ids[: len(asked)] == asked
+    said = reader.decode([label for label in labels if label != chat.IGNORED])
+    thought = "<think>\n\n</think>\n\n"
+    assert said == ("" if off else thought) + TURNS[1]["content"] + "<|im_end|>"
+    assert reader.decode(asked).endswith(thought) is off
 
 
 def test_a_prompt_names_no_date_of_today(tokenizer) -> None:
