@@ -320,7 +320,7 @@ def test_a_sharded_model_is_the_same_model(models: Path, tmp_path: Path) -> None
 
 
 def test_variables_of_the_template_are_saved_in_it(models: Path, tmp_path: Path) -> None:
-    """As Qwen3's `enable_thinking`: set once, and whoever renders with the saved model, by name or not, has it."""
+    """As Qwen3's `enable_thinking`: set once, and whoever renders with the saved model has it, whatever they pass."""
     path = models / "mine/chat_template.jinja"
     path.write_text(path.read_text() + "{{ '<quiet>' if enable_thinking is defined and not enable_thinking }}")
     turns = [{"role": "user", "content": "thumb"}]

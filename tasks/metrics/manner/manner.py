@@ -18,10 +18,11 @@ from sklearn.pipeline import make_pipeline
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 _FOLDER = Path("tasks/metrics/manner")
-# words of Korean carry their particles and endings, in which its politeness is: runs of characters tell more
-_ANALYSERS = {
-    "sentences.jsonl": {"ngram_range": (1, 2)},
-    "sentences.ko.jsonl": {"analyzer": "char", "ngram_range": (2, 4)},
+# whether of Korean → sentences, and what is counted of them: words of Korean carry their particles and endings, in which its
+# politeness is, so that runs of characters tell more
+_SENTENCES = {
+    False: ("sentences.jsonl", {"ngram_range": (1, 2)}),
+    True: ("sentences.ko.jsonl", {"analyzer": "char", "ngram_range": (2, 4)}),
 }
 _SECOND = re.compile(r"\b(?:you|your|yours|yourself)\b", re.IGNORECASE)
 _FIRST = re.compile(r"\b(?:i|i'm|we|us|our|my|let's)\b", re.IGNORECASE)
@@ -36,10 +37,10 @@ _EMPATHY = re.compile(
 )
 
 
-def classifier(path):
+def classifier(is_korean):
     """The fitted pipeline; deterministic."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    counted = _ANALYSERS.get(path.name, _ANALYSERS["sentences.jsonl"])
+    name, counted = _SENTENCES[is_korean]
+    rows = [json.loads(line) for line in (_FOLDER / name).read_text(encoding="utf-8").splitlines()]
     model = make_pipeline(TfidfVectorizer(**counted, sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000))
     return model.fit([row["text"] for row in rows], [row["label"] == "warm" for row in rows])
 
@@ -73,12 +74,11 @@ class Manner(evaluate.Metric):
         vader = SentimentIntensityAnalyzer()
         foreign = [korean(text) for text in predictions]
         kindness = [0.0] * len(predictions)
-        for name, wanted in zip(_ANALYSERS, (False, True), strict=True):
+        for wanted in set(foreign):
             at = [i for i, is_korean in enumerate(foreign) if is_korean is wanted]
-            if at:
-                warm = classifier(_FOLDER / name).predict_proba([predictions[i] for i in at])[:, 1].tolist()
-                for i, value in zip(at, warm, strict=True):
-                    kindness[i] = value
+            warm = classifier(wanted).predict_proba([predictions[i] for i in at])[:, 1].tolist()
+            for i, value in zip(at, warm, strict=True):
+                kindness[i] = value
 
         def english(score):
             return [None if skip else score(text) for text, skip in zip(predictions, foreign, strict=True)]
