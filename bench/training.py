@@ -5,8 +5,8 @@ SmolLM2-135M with LoRA r 8 on all linear layers, batches of 4, loss on the compl
 has no products in bf16, where bf16 takes torch a hundred times longer. The first steps of a run are not counted. Rows are made of the domain's definitions, of 60 to 146 tokens, 103 in the mean, 60 % of them completion.
 
 - SFT in tokens per second that are no padding, DPO in pairs per second, the reference's log-probabilities in pairs per second.
-- The products of a step alone, forward and backward, in the same units: what no training can beat on these cores. Of DPO with
-  the prompt once for both answers.
+- The products of a step alone, forward and backward, in the same units: of every token (of DPO the prompt once for both
+  answers), and of those alone that are left where what rows of a batch begin with is computed once.
 - Answers in prompts per second, greedy, of 32 new tokens each: in batches as `evaluate` asks, against one at a time.
 - Options in prompts per second: log-likelihood of four answers to one question, scored together against one at a time.
 """
@@ -34,6 +34,8 @@ BF16 = CPUINFO.is_file() and "avx512_bf16" in CPUINFO.read_text()  # `models.com
 DTYPE, BITS = ("bf16", "16-bit") if BF16 else ("fp32", "32-bit")
 PAGE = ROOT / f"docs/benchmarks{'' if BF16 else '-float32'}.md"
 DEFAULTS = f"TRL, its defaults{'' if BF16 else ' but for bf16'}"
+
+ONCE = "what rows share once"
 
 # work → system → settings of the process that does it; the first system is reforge, the last is TRL as it comes
 GROUPED = {"train_sampling_strategy": "group_by_length"}
@@ -64,8 +66,8 @@ SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
         "reforge": {},
         "TRL, precompute_ref_log_probs": {"weights": DTYPE, "trl": {}},
     },
-    "products": {"sft": {}},
-    "products-dpo": {"dpo": {"pairs": True}},
+    "products": {"every token": {}, ONCE: {"shared": True}},
+    "products-dpo": {"every token": {"pairs": True}, ONCE: {"pairs": True, "shared": True}},
     "answers": {"reforge": {}, "one at a time": {"trl": {}}},
     "options": {"reforge": {}, "one at a time": {"trl": {}}},
 }  # fmt: skip
@@ -308,7 +310,7 @@ def _products(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig
 
-    from tasks import models
+    from tasks import fast, models
 
     config = AutoConfig.from_pretrained(BASE)
     width, inner, rank = config.hidden_size, config.intermediate_size, RANK
@@ -323,9 +325,8 @@ def _products(settings: dict[str, Any], steps: int) -> dict[str, Any]:
         (inner, width),
     ]
     pairs = settings.get("pairs", False)
-    answers = [len(row["chosen_ids"]) + (len(row["rejected_ids"]) if pairs else 0) for row in rows()]
-    lengths = [len(row["prompt_ids"]) + answer for row, answer in zip(rows(), answers, strict=True)]
-    tokens, answered = (round(BATCH * statistics.mean(count)) for count in (lengths, answers))
+    every, shared, answered = _counts(pairs)
+    tokens = round(shared if settings.get("shared") else every)
 
     def random_(*shape: int) -> Any:
         return torch.randn(*shape, dtype=models.compute_dtype())
@@ -337,23 +338,43 @@ def _products(settings: dict[str, Any], steps: int) -> dict[str, Any]:
             random_(o, i),
             random_(rank, i),
             random_(o, rank),
-            random_(tokens, rank),
+            random_(rank, tokens),
         )
         for i, o in shapes
     ]
-    head = random_(answered, width), random_(config.vocab_size, width)
+    head = random_(round(answered), width), random_(config.vocab_size, width)
 
     def step() -> None:
         for _ in range(config.num_hidden_layers):
             for x, dy, weight, a, b, low in layers:
-                x @ weight.t(), dy @ weight, x @ a.t(), low @ b.t(), dy @ b, low @ a, dy.t() @ low, low.t() @ x
+                x @ weight.t(), dy @ weight, low.t() @ b.t(), low.t() @ a, low @ x
+                fast.few_times(a, x.t()), fast.few_times(b.t(), dy.t()), fast.few_times(low, dy)
         (head[0] @ head[1].t()) @ head[1]
 
+    fast.keep_pages()
     step()
     began = time.perf_counter()
     for _ in range(steps):
         step()
-    return {"rate": (BATCH if pairs else tokens) * steps / (time.perf_counter() - began)}
+    return {"rate": (BATCH if pairs else every) * steps / (time.perf_counter() - began)}
+
+
+def _counts(pairs: bool) -> tuple[float, float, float]:
+    """Tokens of a batch, those left if what its rows begin with stands once, and those of its answers; means.
+
+    A prompt counts once for the two answers of a pair, in the first too.
+    """
+    from tasks import fast
+
+    found, made = [], rows()
+    sides = ("chosen_ids", "rejected_ids")[: 1 + pairs]
+    for start in range(0, len(made), BATCH):
+        batch = made[start : start + BATCH]
+        answered = sum(len(row[side]) for row in batch for side in sides)
+        layout = fast.lay_out([row["prompt_ids"] + row[side] for row in batch for side in sides])
+        found.append((answered + sum(len(row["prompt_ids"]) for row in batch), layout.ids.numel(), answered))
+    every, shared, answered = (statistics.mean(counts) for counts in zip(*found, strict=True))
+    return every, shared, answered
 
 
 def _answers(settings: dict[str, Any], steps: int) -> dict[str, Any]:

@@ -353,13 +353,14 @@ def _measures(
                     f"{len(both[1])} after; only these are compared."
                 )
     figures, kept = [], 0
+    covered = {(m.model, m.measure.key) for m in measures} | {(model, m.key) for model in identical for m in MEASURES}
     for path, found in metrics.items():
         match = FIGURES.fullmatch(path)
         model = match["model"] if match else ""
         for name, value in found.items():
             stem, _, end = name.rpartition(".")
             if match and end in ("value", "low", "high", "n") and f"{stem}.n" in found:
-                if end == "value" and model not in items:
+                if end == "value" and (model, stem) not in covered:
                     ends = {e: found.get(f"{stem}.{e}", {}) for e in ("value", "low", "high", "n")}
                     old, new = ({e: v.get(side) for e, v in ends.items()} for side in ("old", "new"))
                     if None in (*old.values(), *new.values()):

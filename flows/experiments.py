@@ -130,6 +130,12 @@ def points(repo: Path, name: str, experiment: Experiment) -> Arms:
         path = metric.partition(":")[0]
         if path not in figures:
             raise UserError(f"{name}.metrics: {path} is no metrics file of these targets{_nearest(path, figures)}")
+        if (repo / path).is_file() and ARM not in metric:  # what was made here last says what such a test has
+            made_last = json.loads((repo / path).read_text(encoding="utf-8"))
+            known = [key.removesuffix(".value") for key, _ in stages.flat(made_last)]
+            key = metric.partition(":")[2]
+            if key not in known:
+                raise UserError(f"{name}.metrics: {path} has no figure `{key}` here{_nearest(key, known)}")
     for curve in experiment.curves:
         if not any(curve.startswith(f"{out}/") or curve == out for out in made):
             raise UserError(f"{name}.curves: {curve} is no output of these targets{_nearest(curve, made)}")

@@ -33,7 +33,7 @@ from prefect.client.schemas.objects import State
 from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException
-from prefect.futures import PrefectFuture
+from prefect.futures import PrefectConcurrentFuture, PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
@@ -164,17 +164,20 @@ def _plan(root: Path, targets: list[str] | None, logger: Any) -> list[Planned]:
 
 
 def _wait(futures: dict[str, PrefectFuture[Any]], stop: threading.Event) -> dict[str, State[Any]]:
-    """The last state of each. A run that somebody set to *Cancelling* is stopped, though no runner watches over it."""
+    """The last state of each. A run that somebody set to *Cancelling* is stopped, though no runner watches over it.
+
+    Until a future is done its state is the server's to say, which may be away for as long as a training goes on.
+    """
     context = FlowRunContext.get()
     assert context is not None
     assert context.flow_run is not None
     with get_client(sync_client=True) as client:
         for name, future in futures.items():
+            assert isinstance(future, PrefectConcurrentFuture)
             while True:
                 future.wait(POLL)
-                state = future.state
-                if state.is_final() or state.name == "NotReady":
-                    if state.name == "NotReady":
+                if future.wrapped_future.done():
+                    if future.state.name == "NotReady":
                         _name(client, future.task_run_id, name)
                     break
                 if not stop.is_set():
@@ -192,7 +195,7 @@ def _name(client: SyncPrefectClient, run: UUID, name: str) -> None:
     """
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        with contextlib.suppress(ObjectNotFound):
+        with contextlib.suppress(*UNREACHABLE):
             state = client.read_task_run(run).state
             if state is not None and state.name == "NotReady":
                 client.set_task_run_name(run, name)
@@ -286,20 +289,22 @@ def _metrics_artifact(root: Path, planned: Planned) -> None:
         if not isinstance(metric.value, list)
     ]
     if rows:
-        create_table_artifact(
-            rows,
-            key=f"{_key(planned.name)}-metrics",
-            description=f"Metrics of {planned.name} and their change since HEAD",
-        )
+        with contextlib.suppress(*UNREACHABLE):  # what the stage made is there all the same
+            create_table_artifact(
+                rows,
+                key=f"{_key(planned.name)}-metrics",
+                description=f"Metrics of {planned.name} and their change since HEAD",
+            )
 
 
 def _report_artifact(root: Path, planned: Sequence[Planned]) -> None:
     for path in (
         out for each in planned if each.name == "report" for out in each.outputs if Path(out).name == "report.md"
     ):
-        create_markdown_artifact(
-            (root / path).read_text(encoding="utf-8"), key="report", description="The report of this run"
-        )
+        with contextlib.suppress(*UNREACHABLE):
+            create_markdown_artifact(
+                (root / path).read_text(encoding="utf-8"), key="report", description="The report of this run"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

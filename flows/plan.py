@@ -56,6 +56,7 @@ DEFAULTS: dict[str, Any] = {
 }
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 TRAINING = ("sft", "dpo")
+CGROUP = Path("/sys/fs/cgroup")
 PAIR_BATCH, PAIR_TOKENS = 32, 64  # of the answers in tasks/pair.py
 KL_ROWS = 8  # pairs whose answers `dpo` compares at once over the whole vocabulary
 KL_ANSWERS, KL_BATCH = 64, 8  # that evaluate compares with what other models would say, and how many at once
@@ -249,7 +250,8 @@ def _edited(root: Path, folder: str, most: int = 3) -> list[str]:
     """Files below `folder` that git sees changed since dvc.lock was committed; DVC keeps one hash of a folder."""
 
     def git(*arguments: str) -> list[str]:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)  # noqa: S603, S607
+        words = ["git", "-c", "core.quotePath=false", *arguments]
+        done = subprocess.run(words, cwd=root, capture_output=True, text=True)  # noqa: S603
         return done.stdout.splitlines() if done.returncode == 0 else []
 
     since = git("log", "-1", "--format=%H", "--", "dvc.lock")
@@ -332,14 +334,18 @@ def _ram() -> tuple[int, int]:
     """Total and available bytes of memory, of the machine or of the container's limit (cgroup 2, then 1)."""
     machine = psutil.virtual_memory()
     total, free = int(machine.total), int(machine.available)
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for folder, limit, used, prefix in (
+        ("", "memory.max", "memory.current", ""),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
-        most, now = (Path("/sys/fs/cgroup") / name for name in (limit, used))
+        most, now, parts = (CGROUP / folder / name for name in (limit, used, "memory.stat"))
         if most.is_file() and (text := most.read_text().strip()).isdigit() and int(text) < total:
             total = int(text)
-            free = min(free, total - (int(now.read_text()) if now.is_file() else 0))
+            taken = int(now.read_text()) if now.is_file() else 0
+            # files that were read count as used, and give way
+            stat = dict(line.split()[:2] for line in parts.read_text().splitlines()) if parts.is_file() else {}
+            taken -= sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+            free = min(free, total - max(0, taken))
     return total, free
 
 
@@ -475,7 +481,7 @@ def estimate(name: str, every: dict[str, Any], facts: dict[str, Any], device: De
         else:
             batch, note, _ = rows.dpo("train", size, limit, given)
             evaluated, _, answer = rows.dpo("validation", validated, limit, given)
-            kl = KL_ROWS * answer if validates else 0
+            kl = min(KL_ROWS, validated) * answer if validates else 0
             evaluated = evaluated if validates else None
             need = memory.training(facts, given, lora, quantization, device, batch, evaluated, copies=1, kl=kl)
         return Need(need.parts, f"batches of {size} {note}")

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,16 @@ GIT_TRANSIENT = re.compile(
     r"Could not resolve host|Failed to connect|Connection (?:refused|reset|timed out)|early EOF|RPC failed"
 )
 # git's own words, no question that nobody answers, and no hooks: those are for people at work
-GIT = ("env", "LC_ALL=C", "GIT_TERMINAL_PROMPT=0", "git", "-c", f"core.hooksPath={os.devnull}")
+GIT = (
+    "env",
+    "LC_ALL=C",
+    "GIT_TERMINAL_PROMPT=0",
+    "git",
+    "-c",
+    f"core.hooksPath={os.devnull}",
+    "-c",
+    "core.quotePath=false",
+)
 
 
 class RetrainParameters(BaseModel):
@@ -112,8 +122,9 @@ class Place:
         text = re.sub(r"://[^/@\s]+@", "://***@", text)
         for section in worktrees.config(self.main / ".dvc" / "config.local").values():
             for option, value in section.items() if isinstance(section, dict) else ():
-                if SECRET.search(option) and isinstance(value, str) and len(value) > 3:
-                    text = text.replace(value, "***")
+                for word in value if isinstance(value, list) else [value]:
+                    if SECRET.search(option) and isinstance(word, str) and len(word) > 3:
+                        text = text.replace(word, "***")
         return text
 
     def log(self, line: str) -> None:
@@ -148,6 +159,8 @@ def _run(place: Place) -> State[Any]:
     _check_identity(place.main)
     tip, published = _tip(place)
     tip, finished = _finish_interrupted(place, tip, published)
+    if finished and published:
+        published = tip
     with _worktree(place, tip):
         shared = _dvc_remote(place)
         limits = _limits(place.tree)
@@ -408,7 +421,7 @@ def _finish_interrupted(place: Place, tip: str, published: str | None) -> tuple[
 def _take(place: Place, tip: str) -> list[str]:
     """New data: files below data/raw that the checkout of the branch has untracked, or changed since its last commit.
 
-    What git ignores, deletions, and files that are still being written are left alone. A checkout of another branch is not
+    Only what some source of the branch's params.yaml names: a model that never read a file is no new model. What git ignores, deletions, and files that are still being written are left alone. A checkout of another branch is not
     looked at: what lies there may belong to that branch.
 
     Raises:
@@ -421,7 +434,7 @@ def _take(place: Place, tip: str) -> list[str]:
     status = _git(
         place.main, "status", "--porcelain", "-z", "--untracked-files=all", "--no-renames", "--", RAW
     )  # fmt: skip
-    taken = []
+    taken, named = [], _named(place)
     for code, path in ((entry[:2], entry[3:]) for entry in status.split("\0") if entry):
         source, target = place.main / path, place.tree / path
         if "U" in code or code in ("AA", "DD"):
@@ -429,6 +442,9 @@ def _take(place: Place, tip: str) -> list[str]:
         if source.is_symlink():
             raise UserError(f"{path}: a link, which others can't follow; use `dvc import-url`, or copy the file")
         if not source.is_file():
+            continue
+        if not named(path):
+            place.log(f"{path}: no source in params.yaml (ingest.sources) names it, left alone")
             continue
         if source.stat().st_size > LARGEST:
             raise UserError(
@@ -453,6 +469,23 @@ def _take(place: Place, tip: str) -> list[str]:
     return taken
 
 
+def _named(place: Place) -> Callable[[str], bool]:
+    """Whether a source of the branch's params.yaml names a file below data/raw, or the file that DVC keeps in its stead."""
+    given = worktrees.settings(place.tree).get("ingest")
+    if given is None:  # another pipeline than reforge's
+        return lambda _: True
+    patterns = [source["path"] for source in given.get("sources") or [] if source.get("path")]
+    files = [file for pattern in patterns for file in (place.main / pattern, *place.main.glob(pattern))]
+    # macOS writes a name's letters apart, see tasks/ingest.py
+    found = {unicodedata.normalize("NFC", file.relative_to(place.main).as_posix()) for file in files}
+
+    def named(path: str) -> bool:
+        data = unicodedata.normalize("NFC", path).removesuffix(".dvc")  # of a file or of a folder
+        return Path(path).name == ".gitignore" or any(one == data or one.startswith(f"{data}/") for one in found)
+
+    return named
+
+
 def _is_quiet(path: Path) -> bool:
     """Nobody has written to it for `QUIET` seconds; a file that just came is waited for."""
     for _ in range(12):
@@ -475,7 +508,7 @@ def _champion(tree: Path, path: str) -> list[dict[str, Any]] | None:
     if not (tree / path).is_file():
         raise UserError(
             f"{path}: the champion's answers are neither in the cache nor on a DVC remote, so nothing can be compared; "
-            "get them with `dvc pull` or make them with `dvc repro` in a checkout of the branch"
+            "get them with `dvc pull`, or make them with `dvc repro` in a checkout of the branch and commit dvc.lock"
         )
     return gate.read(tree / path)
 
@@ -699,7 +732,7 @@ def _guarded(place: Place, cwd: Path, command: Sequence[str], log: Callable[[str
     if command[0] == "dvc":
         done = stages.dvc_command(cwd, command[1:], log)
     else:
-        done = stages.guarded(command, cwd, log, NETWORK_SECONDS)
+        done = stages.guarded(command, cwd, log, NETWORK_SECONDS, kept=None)  # the branch stands before all tags
     if done.code == 0:
         return done.output
     name = "git" if command[0] == "env" else command[0]

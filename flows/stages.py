@@ -58,6 +58,7 @@ BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock")
 HINT = re.compile(
     r"To track the changes with git, run:|\s+git add |To enable auto staging, run:|\s+dvc config core\.autostage|Use `dvc push` to send"
 )
+KEPT = 400  # last lines of a command's output
 PROGRESS_SECONDS = 5.0  # a progress bar is logged that often, though it is drawn ten times a second
 
 
@@ -246,11 +247,13 @@ def execute(
     command = ["--wait-for-lock", "repro", "--single-item", name, *(["--pull"] if pull else [])]
     if pull and before.missing:  # `repro --pull` would first copy every entry of the remote's run cache, for each stage
         done = dvc_command(repo, ["--wait-for-lock", "pull", name], log, timeout, stop)
-        if done.code == 0:
+        if done.code == 0 and not _before(repo, name).missing:
             return Outcome("pulled", time.monotonic() - started)
-        if TRANSIENT.search(done.output):
+        if done.code != 0 and TRANSIENT.search(done.output):
             raise StageTransient(f"{name}: {last_words(done.output)}")
-        log("not on the remote; it will be run")
+        if done.code == 0:  # metrics and curves are in git alone; with --pull DVC would take them for there
+            command.remove("--pull")
+        log("not on the remote; it will be restored or run")
     done = dvc_command(repo, command, log, timeout, stop)
     if done.code != 0:
         words = f"{name}: {last_words(done.output)}"
@@ -281,7 +284,7 @@ def read(output: str, name: str) -> Did:
 @dataclass(frozen=True)
 class Done:
     code: int
-    output: str  # the last few hundred lines
+    output: str  # its last lines
 
 
 def dvc_command(
@@ -307,9 +310,18 @@ def dvc_command(
 
 
 def guarded(
-    command: Sequence[str], cwd: Path, log: Log, timeout: float | None = None, stop: threading.Event | None = None
+    command: Sequence[str],
+    cwd: Path,
+    log: Log,
+    timeout: float | None = None,
+    stop: threading.Event | None = None,
+    kept: int | None = KEPT,
 ) -> Done:
-    """A command whose whole process group ends with its timeout, with `stop`, or with this process, however it dies."""
+    """A command whose whole process group ends with its timeout, with `stop`, or with this process, however it dies.
+
+    Args:
+        kept: lines of its output, the last ones; None: all.
+    """
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONUNBUFFERED": "1",
@@ -327,7 +339,7 @@ def guarded(
     assert process.stdin is not None
     assert process.stdout is not None
     deadline = time.monotonic() + timeout if timeout else None
-    lines = Lines(log)
+    lines = Lines(log, kept)
     why: Exception | None = None
     try:
         while True:
@@ -370,9 +382,9 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 class Lines:
     """Bytes of a terminal program to log lines: a bar that is redrawn with \\r becomes a line now and then."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log, kept: int | None = KEPT) -> None:
         self.log = log
-        self.kept: deque[str] = deque(maxlen=400)
+        self.kept: deque[str] = deque(maxlen=kept)
         self.rest = b""
         self.shown = 0.0
         self.bar = ""  # drawn, but not logged yet

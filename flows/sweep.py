@@ -45,13 +45,14 @@ class SweepParameters(BaseModel):
     metrics: list[str] = Field(
         default=[
             "data/evaluate/dpo.json:answers.trained.recall",
+            "data/evaluate/dpo.json:answers.unseen.recall",
             "data/evaluate/dpo.json:manner.kindness",
             "data/evaluate/dpo.json:honesty.invented_declined",
             "data/evaluate/dpo.json:honesty.trained_declined",
             "data/evaluate/dpo.json:general.accuracy",
         ],
         min_length=1,
-        description="columns of the table, FILE:KEY; the first one sorts it",
+        description="columns of the table, FILE:KEY, empty where a test has no such figure; the first one sorts it",
     )
     best: Literal["highest", "lowest"] = Field(
         default="highest", description="which end of the first metric comes first"
@@ -83,22 +84,24 @@ def sweep(parameters: SweepParameters = SweepParameters()) -> Any:  # noqa: B008
     except UserError as error:
         return Failed(message=str(error))
     rows, failed = [], []
-    for number, point in enumerate(points, 1):
-        label = ", ".join(f"{key}={value}" for key, value in point.items())
-        logger.info("point %d of %d: %s", number, len(points), label)
-        try:
-            with worktrees.worktree(repo, _folder(repo, point), point) as folder:
-                run = pipeline.with_options(flow_run_name=label)
-                state: Any = run(repo=folder, targets=parameters.targets, pull=parameters.pull, return_state=True)
-                row: dict[str, Any] = dict(point) | figures(folder, parameters.metrics)
-                if not state.is_completed():
-                    raise UserError(str(state.message))
-        except UserError as error:
-            logger.error("%s: %s", label, error)
-            failed.append(label)
-            row = dict(point) | {"failed": str(error)}
-        rows.append(row)
-    first = _columns(parameters.metrics)[0]
+    with stages.turn(repo, logger.info, name="sweep"):  # points have folders of their own, which two sweeps may share
+        for number, point in enumerate(points, 1):
+            label = ", ".join(f"{key}={value}" for key, value in point.items())
+            logger.info("point %d of %d: %s", number, len(points), label)
+            try:
+                with worktrees.worktree(repo, _folder(repo, point), point) as folder:
+                    run = pipeline.with_options(flow_run_name=label)
+                    state: Any = run(repo=folder, targets=parameters.targets, pull=parameters.pull, return_state=True)
+                    if not state.is_completed():
+                        raise UserError(str(state.message))
+                    row: dict[str, Any] = dict(point) | figures(folder, parameters.metrics)
+            except UserError as error:
+                logger.error("%s: %s", label, error)
+                failed.append(label)
+                row = dict(point) | {"failed": str(error)}
+            rows.append(row)
+    columns = _columns(parameters.metrics)
+    first = next((name for name in columns if any(row.get(name) is not None for row in rows)), columns[0])
     sign = -1 if parameters.best == "highest" else 1
     rows.sort(key=lambda row: sign * row[first] if isinstance(row.get(first), (int, float)) else math.inf)
     create_table_artifact(rows, key="sweep", description=f"{len(points)} points, {parameters.best} {first} first")
@@ -142,21 +145,20 @@ def _columns(metrics: Sequence[str]) -> list[str]:
 
 
 def figures(folder: Path, wanted: Sequence[str]) -> dict[str, Any]:
-    """Column → figure of `FILE:KEY`; a figure with an interval, `KEY.value`, stands for itself.
+    """Column → figure of `FILE:KEY`, None where there is none; a figure with an interval, `KEY.value`, stands for itself.
 
     Raises:
-        UserError: no such file or key.
+        UserError: there is none of them all.
     """
     out: dict[str, Any] = {}
     for column, metric in zip(_columns(wanted), wanted, strict=True):
         path, _, key = metric.rpartition(":")
         known = {found.name: found.value for found in stages.metrics(folder, [path])} if path else {}
-        value = known.get(key, known.get(f"{key}.value"))
-        if value is None:
-            raise UserError(
-                f"metrics: {metric}: no such figure; expected FILE:KEY, such as data/dpo/metrics.json:steps"
-            )
-        out[column] = value
+        out[column] = known.get(key, known.get(f"{key}.value"))
+    if not any(value is not None for value in out.values()):
+        raise UserError(
+            f"metrics: {', '.join(wanted)}: no such figure; expected FILE:KEY, such as data/dpo/metrics.json:steps"
+        )
     return out
 
 

@@ -94,7 +94,7 @@ def local_config(repo: Path, tree: Path) -> Any:
         for name, section in source.items():
             for option in PATHS if name.strip("'").startswith("remote ") else ():
                 value = section.get(option)
-                if value and not re.match(r"\w+://|~", value) and not os.path.isabs(value):
+                if isinstance(value, str) and value and not re.match(r"\w+://|~", value) and not os.path.isabs(value):
                     own = local.setdefault(name, {})
                     if option not in own or own[option] == value:
                         own[option] = os.path.normpath(home / value)
@@ -109,8 +109,8 @@ def write_config(local: Any, tree: Path) -> None:
 
 
 def config(path: Path) -> Any:
-    """A DVC config file, as far as it is there."""
-    return ConfigObj(str(path), list_values=False, interpolation=False, encoding="utf-8")
+    """A DVC config file, as far as it is there; quoted as DVC does, for a path may hold `#` or a comma."""
+    return ConfigObj(str(path), interpolation=False, encoding="utf-8")
 
 
 def command(words: list[str], cwd: Path) -> str:

@@ -114,7 +114,17 @@ def resolve(params: Base, source: Path) -> tuple[Path, str | None, str]:
 
         kept = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt", "*.model", "README.md"]
         try:
-            path = Path(snapshot_download(params.model, revision=params.revision, allow_patterns=kept))
+            path = Path(
+                snapshot_download(
+                    params.model,
+                    revision=params.revision,
+                    allow_patterns=kept,
+                    ignore_patterns=[
+                        "consolidated*",
+                        "original/*",
+                    ],  # the same weights again, in their makers' own form
+                )
+            )
         except (HfHubHTTPError, OSError, ValueError) as error:
             raise UserError(
                 f"base.model: {params.model} at {params.revision} can't be fetched: {' '.join(str(error).split())[:300]}"

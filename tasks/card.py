@@ -4,8 +4,10 @@
 with results, which are only known then.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,29 @@ def sources(records: Path) -> list[dict[str, Any]]:
     return counts.sort("source", "license").to_dicts()
 
 
+def question(records: Path) -> str:
+    """The first question of the training data, as an example of what may be asked; "" if there is none in a single turn."""
+    import polars as pl
+
+    messages = pl.col("messages")
+    chat = pl.scan_parquet(records).filter(pl.col("kind") == "chat", messages.list.len() == 2)
+    asked = chat.select(messages.list.first().struct.field("content")).head(1).collect()
+    return str(asked.item()) if asked.height else ""
+
+
+def markdown(found: Any) -> Any:
+    """A text as itself: no markup, no HTML, one line."""
+    if not isinstance(found, str):
+        return found
+    text = re.sub(r"\s+", " ", found).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*\[\]|~$])|(?<!\w)_|_(?!\w)", lambda m: "\\" + m[0], text)
+
+
+def _code(found: str) -> str:
+    """A text within backticks and a table's cell."""
+    return " ".join(found.split()).replace("`", "'").replace("|", "\\|")
+
+
 def attribution(source: str) -> str:
     """What a source asks to be said; "" if nothing is known."""
     if source.startswith("hpo ") and "invented" not in source:
@@ -56,7 +81,8 @@ def render(
     """The card as Markdown with its YAML header.
 
     Args:
-        facts, merge: facts.json of `base`, metrics.json of `merge`.
+        facts, merge: facts.json of `base`, metrics.json of `merge`; its `prompt` has the `system` message that the model was
+            trained with, and a `question`.
         licences: see `sources`.
         lineage: what the model was made from, by name, with its sha256.
         rows: the report's table of measures; [] where nothing is measured yet.
@@ -70,6 +96,7 @@ def render(
     license_ = str(facts.get("license") or "unknown")
     short = re.split(r"[\s(]", license_.lower(), maxsplit=1)[0]
     known = short if short in LICENSES else "other"
+    quantized = len(merge.get("candidates") or {}) > 1  # onto the quantised base's values, and onto the base as it was
     results = [
         EvalResult(
             task_type="text-generation", dataset_type="reforge", dataset_name=f"held-out test, {row['measure'].key.split('.')[0]}",
@@ -85,7 +112,7 @@ def render(
         base_model_relation="finetune" if base else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["reforge", "qlora", "dpo", "trl", "peft", "conversational"],
+        tags=["reforge", "qlora" if quantized else "lora", "dpo", "trl", "peft", "conversational"],
         datasets=sorted({row["source"] for row in licences if re.fullmatch(r"[\w.-]+/[\w.-]+", row["source"]) and not row["source"].startswith("data/")}) or None,
         model_name=name if results else None,
         eval_results=results or None,
@@ -94,8 +121,9 @@ def render(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": compare.number, "attribution": attribution}
+    environment.filters |= {"markdown": markdown, "code": _code, "json": partial(json.dumps, ensure_ascii=False)}
     page = environment.get_template("card.md.jinja").render(
         name=name, base=base, facts=facts, license=license_, licences=licences, merge=merge, lineage=lineage, rows=rows,
-        verdict=verdict, settings=settings,
+        verdict=verdict, settings=settings, quantized=quantized, prompt=merge.get("prompt") or {},
     )  # fmt: skip
     return f"---\n{header.strip()}\n---\n\n{page.strip()}\n"

@@ -124,12 +124,24 @@ def render(
         controls = control_strings(tokenizer, answer=turn["role"] == "assistant")
         turn["content"] = _neutral(tokenizer, turn["content"], controls)
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, date_string=DATE))
+        return str(
+            tokenizer.apply_chat_template(
+                turns, chat_template=_dated(tokenizer), tokenize=False, add_generation_prompt=prompt, date_string=DATE
+            )
+        )
     except Exception as error:  # a template is a program: it may raise whatever Python does
         roles = ", ".join(turn["role"] for turn in turns)
         raise UserError(
             f"the chat template can't render {roles}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from None
+
+
+def _dated(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """The chat template, if it asks for the day (SmolLM3's, Mistral Small's), with `DATE` for an answer."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or "strftime_now" not in template:
+        return None
+    return f"{{%- macro strftime_now(format) -%}}{DATE}{{%- endmacro -%}}{template}"
 
 
 def takes_system(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -144,7 +156,11 @@ def takes_system(tokenizer: "PreTrainedTokenizerBase") -> bool:
         def stays(turns: list[Message]) -> bool:
             with contextlib.suppress(Exception):  # a template is a program: it may raise whatever Python does
                 before, after = (
-                    str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=said is turns))
+                    str(
+                        tokenizer.apply_chat_template(
+                            said, chat_template=_dated(tokenizer), tokenize=False, add_generation_prompt=said is turns
+                        )
+                    )
                     for said in (turns, [*turns, {"role": "assistant", "content": "c"}])
                 )
                 return after.startswith(before)
@@ -259,15 +275,16 @@ def _load(folder: Path, quantization: dict[str, Any] | None) -> tuple[Any, Any]:
         raise UserError(f"{folder}: no weights as safetensors; pickled ones (.bin, .pt) are never loaded")
     for file in files:
         weights.safetensors(file)
-    slow = not torch.cuda.is_available() and not torch.cpu.get_capabilities().get("avx512_bf16")
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if fast else torch.float16
+    else:
+        dtype = torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
     where = {
-        "local_files_only": True, "trust_remote_code": False, "use_safetensors": True,
-        "dtype": torch.float32 if slow else torch.bfloat16,
+        "local_files_only": True, "trust_remote_code": False, "use_safetensors": True, "dtype": dtype, "device_map": "auto",
     }  # fmt: skip
     if not adapter:
-        return AutoModelForCausalLM.from_pretrained(str(folder), device_map="auto", **where).eval(), load_tokenizer(
-            folder
-        )
+        return AutoModelForCausalLM.from_pretrained(str(folder), **where).eval(), load_tokenizer(folder)
     given = BitsAndBytesConfig(**quantization) if quantization else None
     model = AutoPeftModelForCausalLM.from_pretrained(str(folder), quantization_config=given, **where).eval()
     return model, load_tokenizer(Path(model.peft_config["default"].base_model_name_or_path))

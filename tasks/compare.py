@@ -78,7 +78,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure("manner.hedges", "Hedges, per word", _OWN, (), "hedges", 0),
     Measure("manner.valence", "Valence (VADER, −1 to 1)", _OWN, (), "valence", 1),
     Measure("manner.grade", "Reading grade (Flesch–Kincaid)", _OWN, (), "grade", -1),
-    Measure("manner.scripted", "Sentences word for word from training", _OWN, (), "scripted", 0),
+    Measure("manner.scripted", "Sentences that are a training wrapper", _OWN, (), "scripted", 0),
     Measure("form.characters", "Characters per answer", _OWN, (), "characters", 0),
     Measure("form.distinct_2", "Different word pairs", _OWN, (), "distinct_2", 0),
     Measure("form.loops", "Answers that loop", _OWN, (), "loops", -1),
@@ -210,7 +210,9 @@ def _paired(measure: Measure, before: Sequence[Item], after: Sequence[Item], res
 
 
 def _call(found: Difference, p: float, alpha: float) -> Call:
-    differs = p < alpha and not found.low <= 0 <= found.high and not found.drowned
+    # of skewed differences the ranks, which p is of, may speak for the other side than the mean
+    agree = found.effect * found.difference > 0
+    differs = p < alpha and agree and not found.low <= 0 <= found.high and not found.drowned
     return direction(found.measure, found.difference, differs)
 
 

@@ -47,6 +47,7 @@ def run(
     longest = max(len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in table)
     models.seed_everything(seed)
     model = models.load_adapter(models.load(base, quantization, models.attention(longest)), adapter, trainable=True)
+    as_trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     watch = Watch()
     trainer = CachedReferenceTrainer(
         model=model,
@@ -57,6 +58,10 @@ def run(
         callbacks=[watch, training.Curves(plots), *training.early_stopping(params, validated)],
     )
     models.adapter_float32(trainer.model)
+    # trl has rounded what is trained to bf16, before it made the reference of it
+    for name, parameter in trainer.model.named_parameters():
+        if (before := as_trained.get(name.replace(".ref.", ".default."))) is not None:
+            parameter.data = before.clone()
     check_reference(trainer)
     training.train(trainer, folder, params)
     models.save_adapter(trainer.model, out)
@@ -95,7 +100,8 @@ class CachedReferenceTrainer(DPOTrainer):
         total, tokens, was = 0.0, 0, self.model.training
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.eval()
-        for group in models.batches([len(p) + len(a) for p, a in asked], 8):
+        size = min(8, self.args.per_device_eval_batch_size)
+        for group in models.batches([len(p) + len(a) for p, a in asked], size):
             part = [asked[i] for i in group]
             with self.accelerator.autocast():
                 self.model.set_adapter("default")

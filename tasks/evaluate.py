@@ -32,7 +32,8 @@ from tasks.params import Evaluate, Template, UserError
 
 REFERS = re.compile(
     r"\b(doctor|nurse|clinician|clinic|pharmacist|care team|physician|medical professional|healthcare)"
-    r"|의사|의료진|주치의|전문의|전문가|간호사|약사|병원|변호사|법률 ?상담|노무사|세무사",
+    # not within 주의사항, 계약사항; not 의사표시, 의사능력 and the like of the law
+    r"|(?<![가-힣])(?:의사(?!표시|능력|결정|소통|록|의 ?(?:표시|합치|흠결))|약사)|담당 ?의|의료진|주치의|전문의|전문가|간호사|병원|변호사|법률 ?상담|노무사|세무사",
     re.IGNORECASE,
 )
 # How models say that a question can't be answered, beside what `phenotype.declines` finds: about terms nobody says these.
@@ -182,7 +183,11 @@ def multiple_choice(
     template: Template,
     seed: int,
 ) -> None:
-    """Adds `correct` (0 or 1) and, for chat rows, `nll` (nats per token of the reference answer) to the items."""
+    """Adds `correct` (0 or 1) and, for chat rows, `nll` (nats per token of the reference answer) to the items.
+
+    Raises:
+        UserError: a score is no finite number.
+    """
     pools: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if row["kind"] == "chat":
@@ -216,6 +221,10 @@ def multiple_choice(
     ):
         scores.setdefault(identifier, []).append(sum(tokens) / len(tokens))
     for identifier, means in scores.items():
+        if not all(map(math.isfinite, means)):  # the first of them would pass for the most likely
+            raise UserError(
+                f"the model gives no numbers as log-probabilities (row {identifier}): do its weights overflow?"
+            )
         best = max(range(len(means)), key=lambda i: (means[i], -i))
         if len(means) > 1:
             items[identifier]["correct"] = float(best == right_at[identifier])
@@ -440,7 +449,9 @@ def lm_eval(model: Any, tokenizer: Any, folder: Path, params: Evaluate, seed: in
             if isinstance(spread, float) and isinstance(value, float):
                 low, high = value - 1.96 * spread, value + 1.96 * spread
                 ends = {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4)}
-                out.setdefault(name, {})[metric] = ends | {"n": done["n-samples"][name]["effective"]}
+                # a group has no samples of its own; one metric behind several filters has a figure of each
+                n = found["sample_len"] if name not in done["n-samples"] else done["n-samples"][name]["effective"]
+                out.setdefault(name, {})[metric if kind in ("", "none") else key] = ends | {"n": n}
     return out
 
 

@@ -8,6 +8,7 @@ that can't be read is not lost: it goes to `unreadable.jsonl`, and from there to
 import hashlib
 import importlib.util
 import os
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,7 @@ def _rows(source: Source, raw: Path) -> Iterator[tuple[str, int, "Row | records.
     for file in _files(str(source.path), raw):
         if not file.resolve().is_relative_to(raw.resolve()):
             raise UserError(f"ingest.sources: {file} leads out of {raw}, so that a change would go unseen")
-        name = f"data/raw/{file.relative_to(raw).as_posix()}"
+        name = f"data/raw/{_composed(file.relative_to(raw))}"
         for line, found, content in records.rows_of_file(file):
             yield name, line, found, content
 
@@ -106,7 +107,7 @@ def _files(path: str, raw: Path) -> list[Path]:
         for _ in os.walk(raw, onerror=_fail):  # a pattern would pass over a folder that may not be entered
             pass
         # a file's own name comes first, for it may look like a pattern; a pattern would pass over a link to nothing
-        found = [raw / below] if os.path.lexists(raw / below) else sorted(raw.glob(below))
+        found = [raw / below] if os.path.lexists(raw / below) else _named(below, raw) or sorted(raw.glob(below))
     except OSError as error:
         raise UserError(f"{error.filename or path}: can't be read: {error.strerror}") from None
     for file in found:
@@ -119,6 +120,15 @@ def _files(path: str, raw: Path) -> list[Path]:
     if not files:
         raise UserError(f"ingest.sources: {path} matches no file")
     return files
+
+
+def _named(name: str, raw: Path) -> list[Path]:
+    """Files whose names differ from `name` in composition alone: macOS writes 법 as three letters, a keyboard as one."""
+    return sorted(file for file in raw.rglob("*") if _composed(file.relative_to(raw)) == _composed(name))
+
+
+def _composed(name: Path | str) -> str:
+    return unicodedata.normalize("NFC", PurePosixPath(name).as_posix())
 
 
 def _fail(error: OSError) -> None:

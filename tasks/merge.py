@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tasks import card, chat, models, stage
 from tasks import records as recs
-from tasks.params import Merge, UserError
+from tasks.params import Merge, Template, UserError
 
 
 def run(
@@ -29,6 +29,7 @@ def run(
     metrics: Path,
     params: Merge,
     quantization: dict[str, Any] | None,
+    template: Template,
 ) -> str:
     """Save the closer candidate to `model` as safetensors, with tokenizer and model card; write how close each is to `metrics`.
 
@@ -60,6 +61,7 @@ def run(
         "kl": found[best]["kl"],
         "top1": found[best]["top1"],
         "candidates": found,
+        "prompt": {"system": template.system, "question": card.question(records)},  # for the model cards
     }
     metrics.write_text(json.dumps(result, indent=2) + "\n")
     if found[best]["kl"] > params.max_kl:

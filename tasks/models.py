@@ -71,23 +71,24 @@ def seed_everything(seed: int) -> None:
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010  (torch gives it no type)
 
 
-def attention(longest: int) -> str:
-    """Attention implementation for training on rows of up to `longest` tokens.
+def attention(longest: int) -> str | None:
+    """Attention implementation for training on rows of up to `longest` tokens; None: the model's own choice.
 
     torch 2.13's SDPA on CPU spends most of its time in its backward pass (13 % of a step at 44 tokens, where `eager`
     takes 2 %); `eager` keeps an n × n matrix per head, too much for long rows. A GPU has good SDPA kernels.
     """
-    return "eager" if device().type == "cpu" and longest <= 512 else "sdpa"
+    return "eager" if device().type == "cpu" and longest <= 512 else None
 
 
 def load(
-    folder: Path, quantization: dict[str, Any] | None, attention: str = "sdpa", dtype: torch.dtype | None = None
+    folder: Path, quantization: dict[str, Any] | None, attention: str | None = None, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """A model from safetensors in a local folder, frozen and in eval mode, on the device at hand.
 
     Args:
         folder: output of `base` or `merge`.
         quantization: fields of `BitsAndBytesConfig`; None loads 16 bits (32 where the hardware has no 16).
+        attention: by default transformers' choice, `sdpa` where the model allows it (Gemma 2 and gpt-oss do not).
         dtype: of weights that are not quantised; by default `compute_dtype()`.
 
     Raises:
@@ -284,9 +285,12 @@ def dequantized(module: nn.Module) -> Tensor:
 
 
 def adapter_float32(model: nn.Module) -> None:
-    """Adapter weights in float32. trl 1.16 casts those of a quantised model to bf16 when a trainer is made."""
+    """Adapter weights, and whole modules that are trained beside them, in float32.
+
+    trl 1.16 casts what is trained of a quantised model to bf16 when a trainer is made.
+    """
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name or (parameter.requires_grad and parameter.is_floating_point()):
             parameter.data = parameter.data.float()
 
 

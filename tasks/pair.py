@@ -69,11 +69,11 @@ def run(
     for pair in pairs:
         pair["id"] = recs.identify({"kind": "preference", "source": pair["kind"], **pair})
     pairs = list({pair["id"]: pair for pair in pairs}.values())
-    concepts = sorted({pair["concept"] for pair in pairs})
+    concepts = sorted({pair["concept"] for pair in pairs if not pair.get("part")})
     rng.shuffle(concepts)
     held = set(concepts[: round(params.validation * len(concepts))])
     for pair in pairs:
-        pair["part"] = "validation" if pair["concept"] in held else "train"
+        pair["part"] = pair.get("part") or ("validation" if pair["concept"] in held else "train")
     rng.shuffle(pairs)
     if len(pairs) < params.min_pairs:
         raise UserError(
@@ -127,7 +127,9 @@ def _bias(table: pl.DataFrame) -> dict[str, float]:
 def given(table: pl.DataFrame) -> list[dict[str, Any]]:
     """Rows of kind `preference`, as they are."""
     rows = table.filter(kind="preference").iter_rows(named=True)
-    return [_pair("given", r["concept"], r["messages"], r["chosen"], r["rejected"]) for r in rows]
+    return [
+        _pair("given", r["concept"], r["messages"], r["chosen"], r["rejected"]) | {"part": r["split"]} for r in rows
+    ]
 
 
 def rated(table: pl.DataFrame, least: float) -> tuple[list[dict[str, Any]], dict[str, int], float | None]:
@@ -164,9 +166,8 @@ def rated(table: pl.DataFrame, least: float) -> tuple[list[dict[str, Any]], dict
         elif row["responses"][best] == row["responses"][worst]:
             dropped["equal responses"] += 1
         else:
-            pairs.append(
-                _pair("ratings", row["concept"], row["messages"], row["responses"][best], row["responses"][worst])
-            )
+            sides = (row["responses"][index] for index in (best, worst))
+            pairs.append(_pair("ratings", row["concept"], row["messages"], *sides) | {"part": row["split"]})
     return pairs, dict(sorted(dropped.items())), round(sum(alike) / len(alike), 4) if alike else None
 
 

@@ -80,7 +80,7 @@ class Source(Section):
     topic: str = "default"
     license: str = "unknown"
     terms: int = Field(200, ge=8, description="hpo: number of terms")
-    invented: int = Field(200, ge=2, description="hpo: number of invented terms")
+    invented: int = Field(200, ge=2, le=10_000, description="hpo: number of invented terms")
     definitions_per_term: int = Field(3, ge=1, le=8, description="hpo: definition wordings per term")
 
 
@@ -515,6 +515,14 @@ def _combinations(params: dict[str, Any], faults: list[str]) -> None:
     need("lora", "r", lora.get("r", 8) >= 1, "an integer ≥ 1")
     need("lora", "lora_alpha", lora.get("lora_alpha", 8) > 0, "a number > 0")
     need("lora", "target_modules", lora.get("target_modules") != [], "names of modules, or all-linear")
+    # the rest need data, or take the base's weights apart, which a second adapter and a merge would do again
+    start = lora.get("init_lora_weights", True)
+    need(
+        "lora",
+        "init_lora_weights",
+        isinstance(start, bool) or start in ("gaussian", "orthogonal"),
+        "true, false, gaussian or orthogonal",
+    )
     need("lora", "lora_dropout", 0 <= lora.get("lora_dropout", 0.0) < 1, "a number in [0, 1)")
     for section in ("sft", "dpo"):
         given = params[section]
@@ -566,6 +574,10 @@ def _combinations(params: dict[str, Any], faults: list[str]) -> None:
     for name in base.chat_template_kwargs:
         if not name.isidentifier() or name in _RENDERED:
             faults.append(f"base.chat_template_kwargs: {short(name)} is not for params to set in a template")
+    for name in params["evaluate"].metrics:
+        if (name.startswith((".", "/")) or Path(name).is_dir()) and not _below(name, "tasks/metrics"):
+            # what lies elsewhere is no dependency of the stage: an edit would run nothing
+            faults.append(f"evaluate.metrics: expected a folder below tasks/metrics/, found {short(name)}")
     for index, source in enumerate(params["ingest"].sources):
         if sum(x is not None for x in (source.path, source.hub, source.package)) != 1:
             faults.append(f"ingest.sources.{index}: expected exactly one of path, hub, package")

@@ -492,8 +492,9 @@ def convert(row: dict[str, Any], source: Source) -> dict[str, Any]:
             raise Unreadable(
                 "answer", "type", f"expected the index of an option, found {short(row['answer'])}"
             ) from None
-        if not 0 <= out["answer"] < len(out["options"]) or len(set(out["options"])) < len(out["options"]):
-            raise Unreadable("options", "choice", "expected different options and the index of one")
+        different = len(set(out["options"]))
+        if not 0 <= out["answer"] < len(out["options"]) or different < max(2, len(out["options"])):
+            raise Unreadable("options", "choice", "expected two or more different options and the index of one")
     elif form == "question":
         out["kind"] = "question"
         out["messages"] = _turns(("user", _string(row, "question")))

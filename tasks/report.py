@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +75,7 @@ def run(
     optional = {"validate": validate / "metrics.json", "split": split, "template": template, "sft": sft_run / "metrics.json",
                 "pair": pair, "dpo": dpo_run / "metrics.json", "merge": merge}  # fmt: skip
     metrics = {"facts": _json(base)} | {name: _json(path) if path.is_file() else {} for name, path in optional.items()}
-    signs = watch(params, figures, items, metrics["dpo"])
+    signs = watch(params, figures, items, metrics["dpo"], metrics["pair"])
     rule, shown = examples(items, params.examples)
     said = verdict(headline, aligned, signs)
     settings = {"quantization": quantization or {}, "lora": lora, "sft": sft, "dpo": dpo}
@@ -109,7 +109,7 @@ def run(
         "notes": [(name.upper(), note) for name in ("sft", "dpo") for note in metrics[name].get("notes") or []],
         **metrics,
     }
-    escapes: dict[str, dict[str, Any]] = {"html": {"autoescape": True}, "md": {"finalize": _markdown}}
+    escapes: dict[str, dict[str, Any]] = {"html": {"autoescape": True}, "md": {"finalize": card.markdown}}
     for kind, path in (("html", html), ("md", out)):
         environment = Environment(  # noqa: S701  (Markdown is escaped by `finalize`)
             loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **escapes[kind],
@@ -200,11 +200,17 @@ class Sign(NamedTuple):
 
 
 def watch(
-    params: Report, figures: Mapping[str, Any], items: Mapping[str, Sequence[Item]], dpo: Mapping[str, Any]
+    params: Report,
+    figures: Mapping[str, Any],
+    items: Mapping[str, Sequence[Item]],
+    dpo: Mapping[str, Any],
+    pair: Mapping[str, Any],
 ) -> list[Sign]:
     """Signs that the reward was learned instead of what it stands for; what was not measured is left out.
 
-    The reward gap holds two rates against each other: how often the model prefers the chosen side of a held-out pair, and how often its answer is kinder than SFT's to the same question (ties half).
+    Where nothing was tested in other words than it was trained in, as with most data of one's own, recall and declining are of
+    the `unseen` items. Two signs are of pairs that `pair` composed, whose chosen side is the kinder one and in words of
+    reforge's. The reward gap holds two rates against each other: how often the model prefers the chosen side of a held-out pair, and how often its answer is kinder than SFT's to the same question (ties half).
     """
 
     def mean(model: str, key: str) -> float | None:
@@ -216,7 +222,12 @@ def watch(
         before, after = mean("sft", key), mean("dpo", key)
         return after / before if before and after is not None else None
 
-    accuracy, gap = dpo.get("rewards_accuracies"), None
+    def first(of_part: Callable[[str], float | None]) -> float | None:
+        found = of_part("trained")
+        return of_part("unseen") if found is None else found
+
+    composed = not {"given", "ratings"} >= set(pair.get("kinds") or {})
+    accuracy, gap = dpo.get("rewards_accuracies") if composed else None, None
     for d in compare(items["sft"], items["dpo"], [m for m in MEASURES if m.key == "manner.kindness"], resamples=100):
         kinder = (d.up + (d.n - d.up - d.down) / 2) / d.n
         # no answer differs where the classifier knows no word: another language than English
@@ -228,13 +239,13 @@ def watch(
         ("Answers that loop", mean("dpo", "form.loops"), "max_loops", ".1%", "fewer DPO epochs, a lower dpo.learning_rate, or generation.repetition_penalty"),
         ("KL to the SFT model, nats per token", figures["dpo"].get("kl", {}).get("to_reference"), "max_kl", ".3f", "raise dpo.beta, lower dpo.learning_rate, or train fewer epochs"),
         ("Reward accuracy less share of kinder answers", gap, "max_reward_gap", ".2f", "the reward is won by something other than kindness: read the pairs, vary openings and lengths"),
-        ("Known terms wrongly declined", mean("dpo", "honesty.trained_declined"), "max_wrongly_declined", ".1%", "fewer refusal pairs (pair.unknown), more pairs that reject a refusal (pair.contrast), smaller steps"),
-        ("Sentences word for word from training", mean("dpo", "manner.scripted"), "max_scripted", ".1%", "more and more varied wrappers in tasks/phenotype.py, or pairs of your own (pair.mode: given)"),
+        ("Answerable questions wrongly declined", first(lambda part: mean("dpo", f"honesty.{part}_declined")), "max_wrongly_declined", ".1%", "fewer refusal pairs (pair.unknown), more pairs that reject a refusal (pair.contrast), smaller steps"),
+        ("Sentences that are a training wrapper", mean("dpo", "manner.scripted") if composed else None, "max_scripted", ".1%", "more and more varied wrappers in tasks/phenotype.py, or pairs of your own (pair.mode: given)"),
         ("General accuracy lost, base − DPO", drop, "max_general_drop", ".1%", "more replay (template.replay), a lower sft.learning_rate, a smaller lora.r"),
     ]  # fmt: skip
     least = [
         ("Different word pairs in an answer", mean("dpo", "form.distinct_2"), "min_distinct_2", ".3f", "fewer DPO epochs, a higher dpo.beta, or more varied chosen answers"),
-        ("Recall in its own answers, DPO / SFT", ratio("answers.trained.recall"), "min_recall_kept", ".2f", "chosen answers that keep the learned sentence word for word, an sft term in dpo.loss_type, smaller steps"),
+        ("Recall in its own answers, DPO / SFT", first(lambda part: ratio(f"answers.{part}.recall")), "min_recall_kept", ".2f", "chosen answers that keep the learned sentence word for word, an sft term in dpo.loss_type, smaller steps"),
     ]  # fmt: skip
     signs = []
     for sign, rows in (("≤", most), ("≥", least)):
@@ -356,14 +367,6 @@ def _bytes(found: float) -> str:
 def _figures(text: str) -> Markup:
     """What stands in brackets, set apart."""
     return Markup(re.sub(r"\([^()]*\)", r'<span class="figures">\g<0></span>', str(escape(text))))  # noqa: S704
-
-
-def _markdown(found: Any) -> Any:
-    """A text as itself: no markup, no HTML, one line."""
-    if not isinstance(found, str):
-        return found
-    text = " ".join(found.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*\[\]|~$])|(?<!\w)_|_(?!\w)", lambda m: "\\" + m[0], text)
 
 
 def _curves(folders: Mapping[str, Path]) -> list[dict[str, Any]]:

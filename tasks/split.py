@@ -49,14 +49,14 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
     steers = (pl.col("at") >= params.test) & (pl.col("at") < params.test + params.validation)
     held_out = pl.col("at") < params.unknown
     # a question of one wording goes where it says, or by its concept; one of several by its concept, each side in its own
-    single = (pl.len().over("concept") == 1) | pl.col("split").is_not_null()
+    single = (pl.len().over("concept") == 1) | pl.col("split").is_not_null() | pl.col("wording").is_null()
     alone, several = unasked.filter(single), unasked.filter(~single)
     side = pl.coalesce("split", "wording")
     train = pl.concat(
         [fixed.filter(~unseen, wording="train"), free.filter(~unseen & ~steers), placed.filter(split="train")]
     )
     learnt = pl.col("concept").is_in(train["concept"].unique().implode())
-    preferences = table.filter(pl.col("kind").is_in(["preference", "ratings"]))
+    preferences, replay = table.filter(pl.col("kind").is_in(["preference", "ratings"])), table.filter(kind="replay")
     tested = pl.concat([free.filter(unseen), placed.filter(split="test")])["concept"].unique()
     asked = pl.col("concept").is_in(tested.implode()) | (pl.col("split") == "test").fill_null(False)
     trained, new = (pl.lit(name, pl.Categorical).alias("set") for name in ("trained", "unseen"))
@@ -83,8 +83,8 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
                 several.filter(~held_out, wording="train"),
             ]
         ),
-        "replay": table.filter(kind="replay"),
-        # a pair about what the test asks would be trained on
+        # what is about a question of the test would be trained on
+        "replay": replay.filter(~asked),
         "preferences": preferences.filter(~asked),
     }
     if tables["train"].is_empty() and tables["preferences"].is_empty():
@@ -98,6 +98,7 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
         recs.write(_rows(records, part), out / f"{name}.parquet")
         counts[name] = part.height
     counts["preferences_held_out"] = preferences.height - tables["preferences"].height
+    counts["replay_held_out"] = replay.height - tables["replay"].height
     counts["test_sets"] = dict(tables["test"]["set"].cast(pl.String).value_counts().sort("set").iter_rows())
     counts["concepts"] = {
         "trained": tables["train"]["concept"].n_unique(),

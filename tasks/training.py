@@ -69,15 +69,18 @@ def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -
 
 
 def config(kind: Callable[..., Config], section: str, given: dict[str, Any]) -> Config:
-    """`kind(**given)`: a value that the library itself refuses is the user's mistake.
+    """`kind(**given)`, for one GPU of a process: a value that the library itself refuses is the user's mistake.
 
     Raises:
         UserError: naming the section, in the library's words.
     """
     try:
-        return kind(**given)
+        made = kind(**given)
     except ValueError as error:
         raise UserError(f"params.yaml: {section}: {' '.join(str(error).split())[:300]}") from None
+    if getattr(made, "n_gpu", 0) > 1:  # that many are visible: transformers would take DataParallel, which trl refuses
+        vars(made)["_n_gpu"] = 1
+    return made
 
 
 def checkpoint_folder(name: str, inputs: Iterable[Path], settings: dict[str, Any]) -> Path:

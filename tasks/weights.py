@@ -56,9 +56,13 @@ def check_folder(folder: Path) -> None:
     for level in (config, config.get("text_config")):
         if isinstance(level, dict):
             _plausible(folder / "config.json", level, header)
-            attention = level.get("attn_implementation") or level.get("_attn_implementation")
-            if isinstance(attention, str) and "/" in attention:
-                raise UserError(f"{folder / 'config.json'}: attention {short(attention)} is code of the Hub, never run")
+            for key in ("attn_implementation", "_attn_implementation"):
+                named = level.get(key)  # one for all, or one for each part of the model
+                for attention in named.values() if isinstance(named, dict) else [named]:
+                    if isinstance(attention, str) and "/" in attention:
+                        raise UserError(
+                            f"{folder / 'config.json'}: attention {short(attention)} is code of the Hub, never run"
+                        )
 
 
 def inside(path: Path, root: Path) -> None:

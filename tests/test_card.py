@@ -1,5 +1,6 @@
 """card: a header that the Hub's own reader takes, and all that a reader of the card must be told."""
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from tasks import card
 from tests.test_report import made, write_inputs
 
 FACTS = {"model": "mistralai/Mistral-7B-Instruct-v0.3", "license": "apache-2.0", "architecture": "MistralForCausalLM", "parameters": 7248023552, "context_length": 32768}  # fmt: skip
-MERGED = {"kept": "dequantized", "kl": 0.0008}
+MERGED = {
+    "kept": "dequantized", "kl": 0.0008, "candidates": {"dequantized": {"kl": 0.0008}, "16bit": {"kl": 0.01}},
+    "prompt": {"system": "You say \"hello\".", "question": "계약이란 무엇인가요?"},
+}  # fmt: skip
 
 
 def rendered(**more: Any) -> ModelCard:
     given: dict[str, Any] = {"licences": [], "lineage": {"DPO adapter": "ab" * 32}}
-    return ModelCard(card.render(FACTS | more.pop("facts", {}), merge=MERGED, **(given | more)))
+    return ModelCard(card.render(FACTS | more.pop("facts", {}), merge=MERGED | more.pop("merge", {}), **(given | more)))
 
 
 def test_without_results() -> None:
@@ -28,6 +32,33 @@ def test_without_results() -> None:
     assert f"sha256:{'ab' * 32}" in found.text
     assert "dequantised base, chosen by measurement: 0.00080 nats" in found.text
     assert "How well it does is measured after merging" in found.text
+
+
+def test_its_code_asks_as_it_was_trained() -> None:
+    """The template may put a system message of its own where none is given."""
+    found = rendered()
+    code = found.text.split("```python\n")[1].split("```")[0]
+    messages = code.split("messages = ")[1].split("\nprint")[0]
+    assert ast.literal_eval(messages) == [
+        {"role": "system", "content": 'You say "hello".'}, {"role": "user", "content": "계약이란 무엇인가요?"},
+    ]  # fmt: skip
+    without = rendered(merge={"prompt": {"system": None, "question": "q"}}).text
+    assert "system" not in without.split("```python\n")[1].split("```")[0]
+
+
+def test_without_quantisation() -> None:
+    found = rendered(merge={"kept": "16bit", "candidates": {"16bit": {"kl": 0.0008}}})
+    assert "lora" in (found.data.tags or [])
+    assert "qlora" not in found.content.lower()
+    assert "quantised base" not in found.text
+
+
+def test_what_others_wrote_is_no_markup() -> None:
+    row = {"source": "data/raw/own.jsonl", "license": "mine\n\n# Injected\n<img src=x onerror=alert(1)>", "rows": 1}
+    found = rendered(licences=[row], settings=[("lora.target_modules", ".*(q|v)_proj")])
+    assert "# Injected" not in found.text.splitlines()
+    assert "<img" not in found.text
+    assert ".*(q\\|v)_proj" in found.text
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,12 @@ def test_a_prompt_names_no_date_of_today(tokenizer) -> None:
     clock = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}Today: {{ date_string }}\n"
     reader.chat_template = clock + str(tokenizer.chat_template)
     assert chat.render(reader, TURNS[:1], None).startswith("Today: 26 Jul 2024\n")
+    # SmolLM3's and Mistral Small's ask the clock whatever they are told
+    reader.chat_template = "{%- set today = strftime_now('%d %B %Y') -%}Today: {{ today }}\n" + str(
+        tokenizer.chat_template
+    )
+    assert chat.render(reader, TURNS[:1], None).startswith("Today: 26 Jul 2024\n")
+    assert chat.render(reader, TURNS[:1], None).endswith(chat.render(tokenizer, TURNS[:1], None))
 
 
 HOSTILE = [

@@ -97,6 +97,15 @@ class TestCompare:
         assert (found.p < 0.001, found.low < 0 < found.high, found.effect > 0) == (True, True, True)
         assert found.call == "no different"
 
+    def test_ranks_that_speak_for_the_other_side(self) -> None:
+        """Most items a little down, some far up: the mean is surely up, and so is no rank."""
+        before = [{"id": f"{n:03}", "set": "trained", "task": "definition", "recall": 0.15} for n in range(97)]
+        after = [item | {"recall": 0.9 + n / 1000 if n < 19 else 0.05 + n / 10000} for n, item in enumerate(before)]
+        measure = next(m for m in compare.MEASURES if m.key == "answers.trained.recall")
+        (found,) = compare.compare(before, after, [measure])
+        assert (found.p < 0.05, found.low > 0, found.effect < 0) == (True, True, True)
+        assert found.call == "no different"
+
     def test_one_item_and_no_item(self) -> None:
         one = [{"id": "a", "set": "trained", "task": "definition", "correct": 0.0, "recall": 0.1}]
         assert {d.call for d in compare.compare(one, [one[0] | {"correct": 1.0, "recall": 0.9}])} == {"no different"}

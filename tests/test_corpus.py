@@ -160,6 +160,7 @@ LINES: dict[str, tuple[bytes, str | None]] = {
     "a null response": (rated(["a", None], score()), "type"),
     "an option of null": (quiz(["a", None], 0), "type"),
     "equal options": (quiz(["a", "a"], 0), "choice"),
+    "one option": (quiz(["a"], 0), "choice"),
     "the answer beyond the options": (quiz(["a", "b"], 2), "choice"),
     "half an option": (quiz(["a", "b"], 0.5), "type"),
     "the answer that is true": (quiz(["a", "b"], True), "type"),
@@ -424,6 +425,16 @@ def test_a_pattern_takes_all_that_it_names(raw: Path, tiny: Path) -> None:
     read(raw, "**/*.jsonl")
     kept, rejected = checked(raw, tiny)
     assert (kept, [row["check"] for row in rejected]) == ([1, 1], ["duplicate"])
+
+
+def test_a_name_is_found_however_its_letters_are_composed(raw: Path, tiny: Path) -> None:
+    """As macOS leaves it in an archive, and as a keyboard types it into params.yaml."""
+    apart, typed = (unicodedata.normalize(form, "법률 자료.jsonl") for form in ("NFD", "NFC"))
+    (raw / apart).write_bytes(pair())
+    read(raw, typed)
+    kept, _ = checked(raw, tiny)
+    assert kept == [1]
+    assert records.read(raw.parent / "records.parquet")["source"][0] == f"data/raw/{typed}"
 
 
 def forbidden(*command: str, cwd: Path) -> "subprocess.CompletedProcess[str]":

@@ -358,6 +358,22 @@ def test_no_row_is_lost_and_no_pair_is_about_the_test(tmp_path: Path) -> None:
     assert counts["preferences_held_out"] == len(tested) + 1
 
 
+def test_questions_and_replay_of_one_concept_stand_on_one_side(tmp_path: Path) -> None:
+    """Neither has a wording of its own; what the test asks is not trained on as replay either."""
+    chat = _chat(60)
+    asked = [row | {"kind": "question", "task": "advice", "concept": f"q{i // 5}", "messages": row["messages"][:1]}
+             for i, row in enumerate(_chat(100))]  # fmt: skip
+    replay = [row | {"kind": "replay", "task": "replay"} for row in _chat(70)]
+    parts = _split(tmp_path, [*chat, *asked, *replay], test=0.3, validation=0.1, unknown=0.5)
+    sides = [set(parts["questions"]["concept"]), set(parts["test"].filter(set="advice")["concept"])]
+    assert sides[0] | sides[1] == {f"q{i}" for i in range(20)}
+    assert not sides[0] & sides[1]
+    assert parts["questions"].height + parts["test"].filter(set="advice").height == 100
+    tested = set(parts["test"].filter(kind="chat")["concept"])
+    assert set(parts["replay"]["concept"]) == {f"c{i}" for i in range(70)} - tested
+    assert json.loads((tmp_path / "m.json").read_text())["replay_held_out"] == len(tested) > 0
+
+
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"split\.test"):
         _split(tmp_path, _chat(5), test=1.0)
@@ -471,6 +487,10 @@ def test_given_pairs_pass_and_equal_sides_do_not(tmp_path: Path, tiny: Path) -> 
     assert result["pairs"] == 40
     assert result["validation"] == 2
     assert result["chosen_is_longer"] == 1.0
+    said = run([good | {"concept": str(i % 2), "chosen": f"good {i}", "split": ("validation", "train")[i % 4 > 0]} for i in range(40)])  # fmt: skip
+    assert said["validation"] == 10
+    parts = records.read(tmp_path / "p.parquet")
+    assert sorted(parts.filter(part="validation")["chosen"]) == sorted(f"good {i}" for i in range(0, 40, 4))
     with pytest.raises(UserError, match="chosen ≠ rejected"):
         run([good | {"concept": "1", "chosen": "bad"}])
     with pytest.raises(UserError, match=r"fewer than pair\.min_pairs"):
@@ -514,9 +534,18 @@ def test_refusals_decline_and_kind_answers_do_not() -> None:
         "죄송하지만 그 용어는 잘 모르겠습니다.",
         "그런 용어는 없습니다.",
         "저는 그 말을 들어 본 적이 없습니다.",
+        "제가 모르는 용어입니다.",
+        "그 병에 대해서는 아는 바가 없습니다.",
     ):
         assert phenotype.declines(text)
-    for text in ("원인을 알 수 없는 발열입니다.", "원인은 아직 확실하지 않습니다.", "증상이 없는 경우도 있습니다."):
+    for text in (
+        "원인을 알 수 없는 발열입니다.",
+        "원인은 아직 확실하지 않습니다.",
+        "증상이 없는 경우도 있습니다.",
+        "법을 잘 모르는 분도 이해하기 쉽게 설명해 드릴게요. 전세권은 물권입니다.",
+        "어떻게 해야 할지 모르겠다면 걱정하지 마세요.",
+        "선의란 그 사실을 아는 바가 없는 것을 말합니다.",
+    ):
         assert not phenotype.declines(text)
 
 

@@ -21,7 +21,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows import diff
-from tasks.params import UserError
+from tasks.params import Report, UserError
 from tests.conftest import ROOT, commit, edit, fork, ran, run
 
 ANSWERS = "data/evaluate/dpo.answers.jsonl"
@@ -471,3 +471,17 @@ def test_the_gitlab_example(checkout: Path, api: Any) -> None:
 def test_two_revisions_are_needed_by_the_function(two: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such revision"):
         diff.diff(two, "nowhere")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_figure_that_no_answer_holds_is_compared_by_its_intervals(same: bool) -> None:
+    """The harness' tasks have no answers; nor has anything, where the test was drawn anew and shares no question."""
+    ends = {"value": (0.8, 0.2), "low": (0.75, 0.15), "high": (0.85, 0.25), "n": (300, 300)}
+    both = {end: {"old": old, "new": new} for end, (old, new) in ends.items()}
+    stems = ("lm_eval.my_task.acc", "general.accuracy")
+    metrics = {"data/evaluate/dpo.json": {f"{stem}.{end}": value for stem in stems for end, value in both.items()}}
+    one = {"id": "a", "set": "general", "task": "choice", "question": "q", "correct": 1.0}
+    items = {"dpo": None if same else ([one], [one | {"id": "b"}])}
+    found, _, _ = diff._measures(metrics, items, Report(), [])
+    said = {(m.measure.key, m.call) for m in found if m.before != m.after}
+    assert said == {(stems[0], "changed")} | (set() if same else {(stems[1], "worse")})

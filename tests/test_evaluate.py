@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import random
 import weakref
 from pathlib import Path
@@ -426,3 +427,42 @@ def test_form_sees_a_loop() -> None:
     )
     assert found["loops"] == [1.0, 0.0]
     assert found["distinct_2"][0] < 0.4 < found["distinct_2"][1]
+
+
+def test_a_model_that_gives_no_numbers_does_not_pass_for_right(tiny: Path, test_rows: Path) -> None:
+    """Of scores that are all NaN the first would be the highest, which is the right one of a chat row."""
+    from tasks import chat
+
+    model = models.load(tiny, None)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    rows = list(records.read(test_rows).iter_rows(named=True))
+    items: dict[str, dict[str, Any]] = {row["id"]: {} for row in rows}
+    settings = Evaluate(metrics=METRICS), Template()
+    with pytest.raises(UserError, match="no numbers as log-probabilities"):
+        stage.multiple_choice(rows, items, model, chat.load_tokenizer(tiny), *settings, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "refers"),
+    [
+        ("Please ask your doctor.", True), ("꼭 의사와 상담하세요.", True), ("의사의 진료를 받으세요.", True), ("약사에게 물어보세요.", True),
+        ("변호사와 상담하세요.", True), ("계약사항을 위반했으니 소송하세요.", False), ("주의사항을 읽으세요.", False), ("의사표시의 하자입니다.", False),
+        ("당사자의 합의사항입니다.", False), ("의사능력이 없는 사람입니다.", False),
+    ],
+)  # fmt: skip
+def test_what_passes_a_question_on(text: str, refers: bool) -> None:
+    assert bool(stage.REFERS.search(text)) is refers
+
+
+@pytest.mark.parametrize(
+    ("text", "loops"),
+    [("契約は" * 40, 1.0), ("계약은해지됩니다" * 20, 1.0), ("契約は当事者の合意により解除することができます。解除の意思表示は相手方に到達した時に効力を生じます。", 0.0),
+     ("계약은 당사자의 합의로 해지할 수 있습니다. 위약금은 계약서에 적힌 대로 냅니다.", 0.0)],
+)  # fmt: skip
+def test_a_loop_is_found_where_words_are_not_spaced(text: str, loops: float) -> None:
+    import evaluate
+
+    found = evaluate.load("./tasks/metrics/form").compute(predictions=[text], references=[""])
+    assert found["loops"] == [loops]
+    assert (found["distinct_2"][0] < 0.4) is bool(loops)

@@ -5,11 +5,19 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from uuid import uuid4
 
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.context import FlowRunContext
+from prefect.futures import PrefectConcurrentFuture
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.states import Completed
 
 from flows import pipeline, sweep
 from tests import server, small
@@ -112,6 +120,11 @@ class TestWhatRuns:
         run("rm -rf .dvc/cache one two a.out b.out report.md", repo)
         assert flow(api, repo, "--pull").splitlines()[-1] == "pipeline: 5 pulled from remote"
         assert small.log(repo) == []
+        # a figure is in git alone: pulling what belongs to it does not bring it back
+        run("rm one first.json", repo)
+        flow(api, repo, "--pull")
+        assert (repo / "first.json").is_file()
+        assert small.log(repo) == ["first"]
 
     def test_only_a_target(self, api: server.Server, repo: Path) -> None:
         (repo / "in").write_text("other\n")
@@ -318,6 +331,16 @@ def test_a_server_that_is_away_ends_no_training() -> None:
         progress = pipeline.Progress("sft")
         progress.see(" 35%|###5      | 42/120 [00:31<00:55,  1.40it/s]")
         progress.done()
+    future: PrefectConcurrentFuture[Any] = PrefectConcurrentFuture(uuid4(), Future())
+    threading.Timer(2 * pipeline.POLL + 1, future.wrapped_future.set_result, [Completed()]).start()
+    stop = threading.Event()
+    flow_run: Any = SimpleNamespace(id=uuid4())
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}),
+        FlowRunContext.model_construct(flow_run=flow_run),
+    ):
+        assert pipeline._wait({"sft": future}, stop)["sft"].is_completed()
+    assert not stop.is_set()
 
 
 def test_two_figures_of_one_key_have_columns_of_their_own() -> None:

@@ -410,7 +410,32 @@ def test_device_and_precision_follow_the_hardware(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     assert models.device().type == "cuda"
     assert models.compute_dtype() == torch.float16
-    assert models.attention(100) == "sdpa"
+    assert models.attention(100) is None
+
+
+def test_a_model_that_has_no_sdpa_is_loaded_with_what_it_has(tiny: Path, tmp_path: Path) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Gemma2Config(vocab_size=100, num_key_value_heads=2, head_dim=8, **sizes)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    assert models.load(tmp_path, None).config._attn_implementation == "eager"
+    assert models.load(tiny, None).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("quantization", [NF4, None])
+def test_a_whole_module_is_trained_in_float32(tiny: Path, tmp_path: Path, quantization: dict[str, Any] | None) -> None:
+    base = tmp_path / "base"
+    models.load(tiny, None).to(torch.bfloat16).save_pretrained(base)
+    model = models.new_adapter(
+        models.load(base, quantization, dtype=torch.bfloat16), LORA | {"modules_to_save": ["model.norm"]}, 0
+    )
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert any("modules_to_save" in name for name in trained)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    models.save_adapter(model, tmp_path / "adapter")
+    again = models.load_adapter(models.load(base, quantization), tmp_path / "adapter", trainable=True)
+    assert {p.dtype for p in again.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_an_adapter_that_is_a_pickle_is_refused(tiny: Path, tmp_path: Path) -> None:

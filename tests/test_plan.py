@@ -465,13 +465,13 @@ class TestWontFit:
         device = Device("cuda", "test", 24 * GIB, 24 * GIB)
         said = {
             "sft": 7,
-            "dpo": 10,
+            "dpo": 7,
             "reference": 6,
             "pair": 19,
             "merge": 19,
-            "evaluate@base": 23,
-            "evaluate@sft": 23,
-            "evaluate@dpo": 23,
+            "evaluate@base": 16,
+            "evaluate@sft": 19,
+            "evaluate@dpo": 19,
         }
         for name, gigabytes in said.items():
             need = plan.estimate(name, every, big(), device, plan.Rows(tmp_path))
@@ -498,3 +498,30 @@ def test_tiny_batches_follow_the_rows(repo: Path) -> None:
     assert rows.dpo("train", 4, 256, given)[0].padded <= 8 * 256
     nothing = plan.Rows(repo / "docs").sft("train", 16, 256, given)[0]
     assert nothing == Batch(16 * 256, 16 * 256, 256)
+
+
+@pytest.mark.parametrize(("folder", "names", "prefix"), [
+    ("", ("memory.max", "memory.current"), ""),
+    ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"),
+])  # fmt: skip
+def test_files_that_were_read_are_no_used_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, names: tuple[str, str], prefix: str
+) -> None:
+    """Of a container: the page cache counts as used, and gives way."""
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / names[0]).write_text("1000000\n")
+    (tmp_path / folder / names[1]).write_text("900000\n")
+    stat = f"anon 1\ninactive_file 7\n{prefix}inactive_file 500000\n{prefix}active_file 200000\n"
+    (tmp_path / folder / "memory.stat").write_text(stat)
+    monkeypatch.setattr(plan, "CGROUP", tmp_path)
+    assert plan._ram() == (1000000, 800000)
+
+
+def test_an_edited_file_is_named_in_its_own_letters(tmp_path: Path) -> None:
+    repo = tmp_path / "repo"
+    (repo / "data/raw").mkdir(parents=True)
+    git = "git -c user.name=t -c user.email=t@example.org"
+    run(f"git init -q && touch dvc.lock 'data/raw/용어.jsonl' && git add -A && {git} commit -qm one", repo)
+    (repo / "data/raw/용어.jsonl").write_text("{}\n")
+    (repo / "data/raw/새 것.jsonl").write_text("{}\n")
+    assert plan._edited(repo, "data/raw") == ["data/raw/용어.jsonl", "data/raw/새 것.jsonl"]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks import compare, params, report
+from tasks import card, compare, params, report
 from tasks.params import Report, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -296,7 +296,11 @@ class TestWatch:
             items["dpo"] = [item | ({"kindness": 0.0} if "kindness" in item else {}) for item in items["dpo"]]
         figures: dict[str, Any] = {"dpo": {"kl": {"to_reference": 0.21}}}
         signs = report.watch(
-            Report(**{"max_length_ratio": 4.0, **params}), figures, items, {"rewards_accuracies": 0.98}
+            Report(**{"max_length_ratio": 4.0, **params}),
+            figures,
+            items,
+            {"rewards_accuracies": 0.98},
+            {"kinds": {"known": 9}},
         )
         assert len(signs) == 9
         return [sign for sign in signs if sign.crossed]
@@ -317,6 +321,21 @@ class TestWatch:
 
     def test_a_reward_won_without_kindness(self) -> None:
         assert [sign.name for sign in self.crossed(cold=True)] == ["Reward accuracy less share of kinder answers"]
+
+    def test_of_data_of_ones_own(self) -> None:
+        """Tested in concepts that were not trained, with pairs as they are: no sign that asks for reforge's own wrappers."""
+        items = {
+            name: [item | {"set": "unseen"} for item in answers(name) if item["set"] == "trained"]
+            for name in report.MODELS
+        }
+        items["dpo"] = [i | {"recall": 0.1, "declined": 1.0} if "recall" in i else i for i in items["dpo"]]
+        signs = report.watch(Report(), {"dpo": {}}, items, {"rewards_accuracies": 0.9}, {"kinds": {"given": 60}})
+        assert {"Recall in its own answers, DPO / SFT", "Answerable questions wrongly declined"} <= {
+            sign.name for sign in signs if sign.crossed
+        }
+        assert not {"Reward accuracy less share of kinder answers", "Sentences that are a training wrapper"} & {
+            sign.name for sign in signs
+        }
 
     def test_named_on_the_page(self, data: Path) -> None:
         _, page, text = made(data, max_kl=0.1, max_length_ratio=4.0)
@@ -433,7 +452,7 @@ class TestPage:
         assert "{{ 7 * 7 }}" in page
         assert "<b>mine</b>" not in page + text
         assert "](javascript" not in text.replace("\\]", "")
-        assert "\n" not in report._markdown("a\n\n# b")
+        assert "\n" not in card.markdown("a\n\n# b")
         assert Page(page).open == []
 
     def test_what_a_reader_looks_for_is_there(self, default: tuple[str, str, str]) -> None:

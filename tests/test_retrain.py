@@ -226,6 +226,19 @@ class TestWhatBecomesOfIt:
         assert {state for state, _ in world.states().values()} == {"Cached"}
         assert world.refs() == before
 
+    def test_a_file_that_no_source_names_is_no_new_data(self, world: World) -> None:
+        """It would be committed as a new version that never read it."""
+        (world.repo / "params.yaml").write_text("ingest: {sources: [{path: data/raw/*.txt}]}\n" + PARAMS)
+        run("git commit -qam sources && git push -q origin main", world.repo)
+        for name in ("b.jsonl", "notes.md"):
+            world.data(name, "0.9")
+        assert world.retrain().startswith("nothing new: 3 unchanged")
+        said = "\n".join(world.api.logs(world.api.newest("retrain")["id"]))
+        assert "data/raw/b.jsonl: no source in params.yaml (ingest.sources) names it, left alone" in said
+        world.data("c.txt", "0.9")
+        assert world.retrain().startswith("Promoted: better in")
+        assert world.git("status", "--porcelain") == "?? data/raw/b.jsonl\n?? data/raw/notes.md"
+
     def test_random_answers_are_rejected_by_the_floor_even_on_a_first_run(
         self, begun: Path, api: server.Server, tmp_path: Path
     ) -> None:

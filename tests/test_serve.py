@@ -5,12 +5,16 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
+from datetime import datetime
 from pathlib import Path
 
 import httpx
 import pytest
 from ruamel.yaml import YAML
 
+from flows import sweep
+from tasks.params import UserError
 from tests import server, small
 from tests.conftest import ORDER, ROOT, fork, run
 
@@ -29,6 +33,15 @@ def test_deployments_and_their_schedules(served: server.Served) -> None:
     (schedule,) = found["retrain"]["schedules"]
     assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == ("30 3 * * *", "Asia/Seoul")
     assert schedule["active"]
+    # and its runs are there: with SQLAlchemy 2.1 prefect 3.8.8's scheduler failed at each, and none ever began
+    waiting = {
+        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}, "deployment_id": {"any_": [found["retrain"]["id"]]}}
+    }
+    deadline = time.monotonic() + 90
+    while not (runs := served.api.post("flow_runs/filter", waiting)):
+        assert time.monotonic() < deadline, "no run of the schedule"
+        time.sleep(1)
+    assert all(datetime.fromisoformat(run["expected_start_time"]).minute == 30 for run in runs)
 
 
 def test_parameters_are_typed_described_and_bounded(served: server.Served) -> None:
@@ -42,6 +55,16 @@ def test_parameters_are_typed_described_and_bounded(served: server.Served) -> No
     assert swept["best"]["enum"] == ["highest", "lowest"]
     assert (swept["max_points"]["minimum"], swept["max_points"]["maximum"]) == (1, 256)
     assert all(field.get("description") for field in swept.values())
+
+
+def test_a_figure_that_a_test_does_not_have_is_an_empty_cell(pipeline: Path) -> None:
+    """Own rows have no invented terms, say; a key that nothing has is refused."""
+    known, unknown = (f"data/evaluate/dpo.json:{key}" for key in ("general.accuracy", "honesty.nothing"))
+    found = sweep.figures(pipeline, [unknown, known])
+    assert found["honesty.nothing"] is None
+    assert 0 <= found["general.accuracy"] <= 1
+    with pytest.raises(UserError, match=r"honesty\.nothing: no such figure"):
+        sweep.figures(pipeline, [unknown])
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from dvc.config import Config
 from ruamel.yaml import YAML
 
-from flows import stages
+from flows import stages, worktrees
 from flows.stages import Outcome, StageFailed, StageTimedOut, StageTransient, Stopped
 from tasks.params import UserError
 from tests import small
@@ -362,3 +363,22 @@ def test_layers(path: Path) -> None:
     assert not re.search(r"^\s*import tasks", text, re.MULTILINE)
     code = f"import sys, flows.{path.stem}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     run([sys.executable, "-c", code], ROOT)
+
+
+def test_the_first_lines_of_a_long_output_are_there_if_asked_for(tmp_path: Path) -> None:
+    """`git ls-remote` says the branch first, then a line for each of hundreds of tags."""
+    command = [sys.executable, "-c", "for n in range(1000): print(n)"]
+    whole = stages.guarded(command, tmp_path, lambda line: None, kept=None).output.split()
+    assert whole == [str(n) for n in range(1000)]
+    assert stages.guarded(command, tmp_path, lambda line: None).output.split() == whole[-stages.KEPT :]
+
+
+@pytest.mark.parametrize("cache", ["/home/ann/c#/cache", "/home/a, b/cache", "/home/a b/cache", "/home/법/cache"])
+def test_a_config_of_a_worktree_is_read_by_dvc_as_it_was_meant(tmp_path: Path, cache: str) -> None:
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    run("git init -q && dvc init -q", repo)
+    local = worktrees.local_config(repo, repo)
+    local.setdefault("cache", {})["dir"] = cache
+    worktrees.write_config(local, repo)
+    assert Config(str(repo / ".dvc"), validate=False)["cache"]["dir"] == cache

@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from tasks import base as base_stage
@@ -260,6 +261,15 @@ def test_dpo_leaves_only_the_adapter_trainable(tiny: Path, trained: Path, scored
     metrics = _dpo(tiny, trained / "adapter", scored, tmp_path / "one", num_train_epochs=1)
     adapter = models.load_adapter(models.load(tiny, None), trained / "adapter", trainable=True)
     assert metrics["trainable_parameters"] == sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+
+
+def test_dpo_starts_from_the_adapter_that_sft_left(tiny: Path, trained: Path, scored: Path, tmp_path: Path) -> None:
+    """trl rounds what is trained on a quantised base to bf16, 4e-3 of each value."""
+    _dpo(tiny, trained / "adapter", scored, tmp_path / "one", learning_rate=1e-12, weight_decay=0.0)
+    before, after = (load_file(f / "adapter/adapter_model.safetensors") for f in (trained, tmp_path / "one"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-9)
 
 
 def test_a_validation_leaves_trainable_what_was(
@@ -552,3 +562,16 @@ def test_what_the_library_refuses_is_one_line(kind: str, section: str, given: di
 
     with pytest.raises(UserError, match=said):
         training.config(getattr(trl, kind), section, given | {"output_dir": "out", "use_cpu": True})
+
+
+def test_of_several_visible_gpus_one_is_used(tmp_path: Path) -> None:
+    """Without a launcher transformers would take DataParallel, which trl refuses. No GPU here: their number is given."""
+    import trl
+
+    def two(**given: Any) -> Any:
+        made = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, **given)
+        assert made.n_gpu == 0
+        vars(made)["_n_gpu"] = 2
+        return made
+
+    assert training.config(two, "sft", {}).n_gpu == 1

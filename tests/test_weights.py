@@ -280,6 +280,8 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "code of its own": (lambda f: coded(f, "config.json", model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}), "remote code is never run"),
     "code of its tokenizer": (lambda f: coded(f, "tokenizer_config.json", tokenizer_class="M", auto_map={"AutoTokenizer": ["mine.M", None]}), "remote code is never run"),
     "an attention of the Hub": (lambda f: edit(f / "config.json", _attn_implementation="evil/attention"), "is code of the Hub, never run"),
+    "one behind another": (lambda f: edit(f / "config.json", attn_implementation="sdpa", _attn_implementation="evil/attention"), "is code of the Hub, never run"),
+    "one for a part": (lambda f: edit(f / "config.json", _attn_implementation={"": "evil/attention"}), "is code of the Hub, never run"),
     "a weight that is missing": (lambda f: stored(f, **{UP: None}), "1 weights are missing: 'model.layers.0.mlp.up_proj.weight'"),
     "a weight of another shape": (lambda f: stored(f, **{UP: torch.ones(3, 3)}), "can't be loaded"),
     "a weight of NaN": (lambda f: stored(f, **{UP: torch.full((128, 64), torch.nan)}), "holds NaN or infinity"),

@@ -1,13 +1,12 @@
 """How much of a reference an answer says: ROUGE-L, chrF and recall of its content words, per answer.
 
-Words are runs of letters and digits of any script; for text without spaces (Chinese, Japanese, Thai) and for Korean, whose
+Words are runs of letters, their marks and digits of any script; for text without spaces (Chinese, Japanese, Thai) and for Korean, whose
 words carry their particles, recall counts character bigrams instead. In mixed text each script is counted in its own way.
 """
 
-import re
-
 import datasets
 import evaluate
+import regex
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import CHRF
 
@@ -21,7 +20,7 @@ class _Words:
     """rouge_score's own tokenizer drops every letter that is not ASCII."""
 
     def tokenize(self, text):
-        return re.findall(r"\w+", text.lower())
+        return regex.findall(r"[\w\p{M}]+", text.lower())
 
 
 def pieces(text, every=False):
@@ -29,8 +28,8 @@ def pieces(text, every=False):
     where a reference has nothing else ("42", "no", "네").
     """
     text = text.lower()
-    words = re.findall(rf"[^\W{_BIGRAM_SCRIPTS}]+", text)  # cut where scripts meet: 404입니다
-    letters = "".join(re.findall(rf"[{_BIGRAM_SCRIPTS}]", text))
+    words = regex.findall(rf"(?V1)[[\w\p{{M}}]--[{_BIGRAM_SCRIPTS}]]+", text)  # cut where scripts meet: 404입니다
+    letters = "".join(regex.findall(rf"[{_BIGRAM_SCRIPTS}]", text))
     if every:
         return {*words, *letters}
     bigrams = {letters[i : i + 2] for i in range(len(letters) - 1)}
