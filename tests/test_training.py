@@ -475,11 +475,12 @@ def test_collapse_of_chosen_logprobs_stops() -> None:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Validated rows, of which the card reads source and licence."""
-    import polars as pl
-
+    """Validated rows, of which the card reads source, licence and the first question."""
     path = tmp_path_factory.mktemp("sources") / "records.parquet"
-    pl.DataFrame({"source": ["data/raw/own.jsonl"], "license": ["CC-BY-4.0"]}).write_parquet(path)
+    turns = [{"role": "user", "content": "What is a thumb?"}, {"role": "assistant", "content": "A finger."}]
+    row = {"kind": "chat", "source": "data/raw/own.jsonl", "line": 1, "license": "CC-BY-4.0", "concept": "c", "topic": "t",
+           "task": "answer", "messages": turns}  # fmt: skip
+    records.write(records.frame([row]), path)
     return path
 
 
@@ -500,12 +501,14 @@ def test_merge_measures_both_and_keeps_the_closer(
         tmp_path / "metrics.json",
         params=Merge(max_kl=1.0),
         quantization=NF4,
+        template=Template(system="You explain."),
     )
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["kept"] == "dequantized"
     assert found["candidates"]["dequantized"]["kl"] < found["candidates"]["16bit"]["kl"]
     listed = sorted(p.name for p in (tmp_path / "model").iterdir())
     assert "data/raw/own.jsonl: CC-BY-4.0." in (tmp_path / "model/README.md").read_text()
+    assert found["prompt"] == {"system": "You explain.", "question": "What is a thumb?"}
     assert listed == [
         "README.md",
         "chat_template.jinja",
@@ -538,6 +541,7 @@ def test_merge_fails_above_its_limit(
             tmp_path / "metrics.json",
             params=Merge().model_copy(update={"max_kl": -1.0}),  # in 32 bits the closer one may be no further than 0
             quantization=NF4,
+            template=Template(),
         )
     assert not (tmp_path / "model").exists()
 
