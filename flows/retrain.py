@@ -50,15 +50,8 @@ GIT_TRANSIENT = re.compile(
 )
 # git's own words, no question that nobody answers, and no hooks: those are for people at work
 GIT = (
-    "env",
-    "LC_ALL=C",
-    "GIT_TERMINAL_PROMPT=0",
-    "git",
-    "-c",
-    f"core.hooksPath={os.devnull}",
-    "-c",
-    "core.quotePath=false",
-)
+    "env", "LC_ALL=C", "GIT_TERMINAL_PROMPT=0", "git", "-c", f"core.hooksPath={os.devnull}", "-c", "core.quotePath=false",
+)  # fmt: skip
 
 
 class RetrainParameters(BaseModel):
@@ -421,8 +414,9 @@ def _finish_interrupted(place: Place, tip: str, published: str | None) -> tuple[
 def _take(place: Place, tip: str) -> list[str]:
     """New data: files below data/raw that the checkout of the branch has untracked, or changed since its last commit.
 
-    Only what some source of the branch's params.yaml names: a model that never read a file is no new model. What git ignores, deletions, and files that are still being written are left alone. A checkout of another branch is not
-    looked at: what lies there may belong to that branch.
+    Only what some source of the branch's params.yaml names: a model that never read a file is no new model. What git ignores,
+    deletions, and files that are still being written are left alone. A checkout of another branch is not looked at: what lies
+    there may belong to that branch.
 
     Raises:
         UserError: a file that was changed on the branch as well, has conflicts, is a link, or is too large for git.
