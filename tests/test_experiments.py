@@ -89,6 +89,7 @@ class TestPoints:
             ("[evaluate@dpo]", "[evaluate@dop]", "evaluate@dop: no such stage in dvc.yaml, did you mean `evaluate@dpo`?"),
             ("data/dpo/metrics.json", "data/dpo/metric.json", "data/dpo/metric.json is no metrics file of these targets, did you mean `data/dpo/metrics.json`?"),
             ("[evaluate@dpo]", "[evaluate@sft]", "data/evaluate/dpo.json is no metrics file of these targets"),
+            ("kl.to_reference", "kl.to_referense", "data/evaluate/dpo.json has no figure `kl.to_referense` here, did you mean `kl.to_reference`?"),
             ("data/dpo/plots/metrics", "data/dop/plots/metrics", "data/dop/plots/metrics/train/loss.tsv is no output of these targets"),
         ],
     )  # fmt: skip
