@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # variables are given on the command line: a desktop's USERNAME or NAME is no option of these commands
-$(foreach name,REMOTE ENDPOINTURL REGION PROFILE KEYFILE USERNAME STAGE REV TO NAME WORKERS PART,$(if $(filter environment%,$(origin $(name))),$(eval $(name) :=)))
+$(foreach name,REMOTE ENDPOINTURL REGION PROFILE KEYFILE USERNAME STAGE REV TO NAME WORKERS PART,$(if $(filter environment%,$(origin $(name))),$(eval undefine $(name))))
 
 .PHONY: help setup run flow ui retrain share plan diff experiments bench system test soak audit mend lock clean
 

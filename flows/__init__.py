@@ -10,3 +10,6 @@ HEARTBEAT = 30  # seconds, the least that Prefect sends; `flows.serve` has the s
 os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT))
 # of the server that Prefect starts where there is none; its own 20 are few on a busy machine
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+# who holds a slot of a concurrency limit, on disk: in memory, which is Prefect's default, a server that ends forgets it, and
+# the slot stays taken for ever
+os.environ.setdefault("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", "prefect.server.concurrency.lease_storage.filesystem")

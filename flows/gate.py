@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tasks.compare import Item, bootstrap, finite, floor, read
+from tasks.compare import Item, alike, bootstrap, finite, floor, read
 from tasks.params import Gate, Limit, UserError
 
 __all__ = ["Row", "Verdict", "check", "decide", "read"]
@@ -151,7 +151,9 @@ def _row(
     asked += [f"≤ {limit.ceiling:g}"] if limit.ceiling is not None else []
     theirs, _ = _scores(champion_items or (), key)
     ours, broken = _scores(challenger_items, key)
-    common = sorted(theirs.keys() & ours.keys())
+    by_id = [{str(item["id"]): item for item in items} for items in (champion_items or (), challenger_items)]
+    measure = key.split(".")[2]
+    common = sorted(i for i in theirs.keys() & ours.keys() if alike(measure, by_id[0][i], by_id[1][i]))
     mean, champion = _mean(ours), _mean(theirs)
     difference = low = high = None
     if common:

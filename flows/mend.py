@@ -47,7 +47,7 @@ def mend(repo: Path, log: Log, *, quick: bool = False, every: bool = False) -> i
     said: list[str] = []
     with _locked(repo):
         said += [*_lock_file(repo), *_holders(repo)]
-        if _busy(repo):
+        if stages.busy(repo):
             raise UserError("another dvc works in this folder: wait for its end, then run this again")
         cache = _cache(repo)
         said += _run_cache(cache)
@@ -119,12 +119,6 @@ def _holders(repo: Path) -> Iterator[str]:
     stages.drop_dead_holders(repo)
     if json.loads(path.read_text()) != before and (before.get("write") or before.get("read")):
         yield f"{path.relative_to(repo)} named processes that are gone: removed from it"
-
-
-def _busy(repo: Path) -> bool:
-    path = repo / ".dvc/tmp/rwlock"
-    held = json.loads(path.read_text()) if path.is_file() else {}
-    return any(held.get("write", {}).values()) or any(held.get("read", {}).values())
 
 
 def _cache(repo: Path) -> Path:

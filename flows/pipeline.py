@@ -36,6 +36,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectExcep
 from prefect.futures import PrefectConcurrentFuture, PrefectFuture
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.utilities.asyncutils import run_coro_as_sync
 from pydantic import Field
 
 from flows import mend, stages
@@ -210,13 +211,16 @@ def _slot(name: str, stop: threading.Event, logger: Any) -> Iterator[None]:
     Raises:
         Stopped: `stop` was set while waiting.
     """
-    with get_client(sync_client=True) as client:
-        try:
-            client.read_global_concurrency_limit_by_name(name)
-        except ObjectNotFound:
-            with contextlib.suppress(ObjectAlreadyExists):
-                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
-    said = False
+    said = ""
+
+    def wait(why: str) -> None:
+        nonlocal said
+        if why != said:
+            logger.info("%s", why)
+            said = why
+        if stop.is_set():
+            raise Stopped from None
+
     while True:
         # strict: a limit that is missing would be skipped without a word. A lease that can't be renewed for a moment must
         # not end a training. The wait is cut in pieces, so that a cancelled flow does not wait for its turn.
@@ -224,18 +228,41 @@ def _slot(name: str, stop: threading.Event, logger: Any) -> Iterator[None]:
             name, timeout_seconds=5, lease_duration=LEASE, strict=True, raise_on_lease_renewal_failure=False
         )
         try:
-            slot.__enter__()
+            with get_client(sync_client=True) as client:
+                try:
+                    client.read_global_concurrency_limit_by_name(name)
+                except ObjectNotFound:
+                    with contextlib.suppress(ObjectAlreadyExists):
+                        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
+                slot.__enter__()
             break
         except TimeoutError:
-            if not said:
-                logger.info("waiting for a slot of the concurrency limit %s", name)
-                said = True
-            if stop.is_set():
-                raise Stopped from None
+            wait(f"waiting for a slot of the concurrency limit {name}")
+            _free_expired()
+        except UNREACHABLE as error:
+            wait(f"waiting for Prefect's server: {' '.join(str(error).split())[:200]}")
+            stop.wait(5)
     try:
         yield
     finally:
-        slot.__exit__(None, None, None)
+        try:
+            slot.__exit__(None, None, None)
+        except UNREACHABLE as error:  # what the stage made is there all the same; the slot is free when its lease ends
+            logger.warning("the slot of %s could not be given back: %s", name, " ".join(str(error).split())[:200])
+
+
+def _free_expired() -> None:
+    """Give back the slots of flows that are gone: the server that Prefect starts for one flow alone does not look for them.
+
+    Leases of a server elsewhere are not here; it looks for them itself.
+    """
+    from prefect.server.concurrency.lease_storage.filesystem import ConcurrencyLeaseStorage
+
+    storage = ConcurrencyLeaseStorage()
+    with contextlib.suppress(*UNREACHABLE), get_client(sync_client=True) as client:
+        expired: Any = run_coro_as_sync(storage.read_expired_lease_ids())
+        for lease in expired:
+            client.release_concurrency_slots_with_lease(lease)
 
 
 class Progress:

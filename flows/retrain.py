@@ -11,11 +11,13 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ruamel.yaml import YAML
 
 from flows import gate, stages, worktrees
-from flows.pipeline import pipeline
+from flows.pipeline import UNREACHABLE, finish, pipeline
 from flows.stages import StageTransient, Stopped
 from tasks.params import Gate, UserError
 
@@ -187,7 +189,8 @@ def _run(place: Place) -> State[Any]:
         challenger, base = (gate.read(place.tree / paths[name]) for name in (SUBJECT, BASE))
         verdict = gate.decide(champion, challenger, base, limits)
         verdict = dataclasses.replace(verdict, notes=(*verdict.notes, *_scored_differently(before, _lock(place.tree))))
-        create_markdown_artifact(verdict.markdown(), key="gate", description=verdict.sentence)
+        with contextlib.suppress(*UNREACHABLE):  # the verdict holds all the same
+            create_markdown_artifact(verdict.markdown(), key="gate", description=verdict.sentence)
         if not verdict.promoted:
             _emit(place, "rejected", tip, verdict)
             return Completed(name="Rejected", message=finished + verdict.sentence, data=verdict)
@@ -428,8 +431,11 @@ def _take(place: Place, tip: str) -> list[str]:
     status = _git(
         place.main, "status", "--porcelain", "-z", "--untracked-files=all", "--no-renames", "--", RAW
     )  # fmt: skip
-    taken, named = [], _named(place)
-    for code, path in ((entry[:2], entry[3:]) for entry in status.split("\0") if entry):
+    taken, named = list[str](), _named(place)
+    changed = sorted(
+        ((entry[:2], entry[3:]) for entry in status.split("\0") if entry), key=lambda e: Path(e[1]).name == ".gitignore"
+    )
+    for code, path in changed:
         source, target = place.main / path, place.tree / path
         if "U" in code or code in ("AA", "DD"):
             raise UserError(f"{path}: has merge conflicts; resolve them first")
@@ -437,7 +443,10 @@ def _take(place: Place, tip: str) -> list[str]:
             raise UserError(f"{path}: a link, which others can't follow; use `dvc import-url`, or copy the file")
         if not source.is_file():
             continue
-        if not named(path):
+        if Path(path).name == ".gitignore":  # goes with what `dvc add` put into it
+            if not any(name.endswith(".dvc") and Path(name).parent == Path(path).parent for name in taken):
+                continue
+        elif not named(path):
             place.log(f"{path}: no source in params.yaml (ingest.sources) names it, left alone")
             continue
         if source.stat().st_size > LARGEST:
@@ -475,7 +484,7 @@ def _named(place: Place) -> Callable[[str], bool]:
 
     def named(path: str) -> bool:
         data = unicodedata.normalize("NFC", path).removesuffix(".dvc")  # of a file or of a folder
-        return Path(path).name == ".gitignore" or any(one == data or one.startswith(f"{data}/") for one in found)
+        return any(one == data or one.startswith(f"{data}/") for one in found)
 
     return named
 
@@ -573,6 +582,7 @@ def _publish(place: Place, commit: str, published: str | None, shared: str | Non
     """
     if shared and place.params.push:
         _network(place, ["dvc", "--wait-for-lock", "push", "--run-cache"])
+        _check_pushed(place)
     if place.remote:
         tags = _tag(place, commit)
         if not published or not _contains(place.main, published, commit):
@@ -589,6 +599,21 @@ def _publish(place: Place, commit: str, published: str | None, shared: str | Non
     version = next(tag for tag in tags if "@" in tag)
     where = f", pushed to {place.remote}" if place.remote else ""
     return f"{version} is {STAGE} on {place.branch} ({commit[:10]}){where}" + (f"; here: {kept}" if kept else "") + "."
+
+
+def _check_pushed(place: Place) -> None:
+    """`dvc push` only warns of what is neither here nor there, after a `dvc gc` say.
+
+    Raises:
+        UserError: some of it is not in the remote.
+    """
+    said = _network(place, ["dvc", "--wait-for-lock", "status", "--cloud", "--json"]).splitlines()
+    found: dict[str, str] = json.loads(next((line for line in reversed(said) if line.startswith("{")), "{}"))
+    lost = sorted(name for name, state in found.items() if state in ("missing", "new"))
+    if lost:
+        raise UserError(
+            f"{', '.join(lost[:3])}: not in the DVC remote after a push, nor in the cache; nothing was published"
+        )
 
 
 def _push(place: Place, commit: str, tags: Sequence[str], published: str | None) -> None:
@@ -655,6 +680,21 @@ def _move(place: Place, commit: str) -> str | None:
     if checkout is None:
         _git(place.main, "update-ref", ref, commit, local)
         return None
+    now = threading.Event()
+    now.set()
+    try:
+        with stages.turn(checkout, place.log, now):
+            stages.drop_dead_holders(checkout)
+            if not stages.busy(checkout):
+                return _fast_forward(place, checkout, local, commit)
+    except Stopped:
+        pass
+    return f"{place.branch} is checked out where a run goes on: dvc.lock would change under it; wait for its end"
+
+
+def _fast_forward(place: Place, checkout: Path, local: str, commit: str) -> str | None:
+    """The checkout to `commit`; None, or why it stays where it is."""
+    ref = f"refs/heads/{place.branch}"
     index = Path(_git(checkout, "rev-parse", "--path-format=absolute", "--git-path", "index"))
     kept = index.read_bytes()
     changed = _git(checkout, "diff", "--name-only", "-z", "--no-renames", "--diff-filter=AM", local, commit).split("\0")
@@ -786,12 +826,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         params = RetrainParameters.model_validate(given)
     except pydantic.ValidationError as error:
         parser.error("; ".join(f"--{e['loc'][0]}: {e['msg'].lower()}, found {e['input']!r}" for e in error.errors()))
-    try:
-        state: Any = retrain(params, return_state=True)
-    except KeyboardInterrupt:
-        return 130
-    print(f"retrain: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr, flush=True)
-    return 3 if state.name == "Rejected" else 0 if state.is_completed() else 1
+    ended: Any = None
+
+    def run() -> Any:
+        nonlocal ended
+        ended = retrain(params, return_state=True)
+        return ended
+
+    code = finish("retrain", run)
+    return 3 if ended is not None and ended.name == "Rejected" else code
 
 
 if __name__ == "__main__":

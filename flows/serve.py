@@ -33,6 +33,7 @@ import flows.pipeline as pipeline_module
 import flows.retrain as retrain_module
 import flows.sweep as sweep_module
 from flows import HEARTBEAT
+from flows.pipeline import UNREACHABLE
 
 LOST = "reforge: runs whose process died"
 
@@ -99,7 +100,9 @@ def with_server(port: int, arguments: Sequence[str]) -> int:
                 f"serve: port {port} is taken: stop what listens there, or choose another with --port", file=sys.stderr
             )
             return 1
-    server = subprocess.Popen([sys.executable, "-m", "prefect", "server", "start"], env=environment)
+    # in a session of its own: a Ctrl-C goes to all of a terminal's, and what runs must still be able to say how it ended
+    command = [sys.executable, "-m", "prefect", "server", "start"]
+    server = subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603
     try:
         deadline = time.monotonic() + 120
         while not _healthy(url):
@@ -159,8 +162,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # of httpx, for whatever reason the server can't be used
         print(f"serve: {PREFECT_API_URL.value()} can't be used: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    serve(*chosen, limit=given.limit)
-    return 0
+    while True:
+        try:
+            serve(*chosen, limit=given.limit)
+            return 0
+        except UNREACHABLE as error:  # Prefect's runner gives up after some minutes without a server
+            print(f"serve: {' '.join(str(error).split())}; waiting for {PREFECT_API_URL.value()}", file=sys.stderr)
+            while not _healthy(str(PREFECT_API_URL.value())):
+                time.sleep(10)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import copy
 import difflib
 import fcntl
 import functools
+import json
 import os
 import re
 import select
@@ -447,6 +448,13 @@ def turn(repo: Path, log: Log, stop: threading.Event | None = None, name: str = 
                 if (stop or threading.Event()).wait(0.5):
                     raise Stopped from None
         yield
+
+
+def busy(repo: Path) -> bool:
+    """Whether DVC has somebody down as reading or writing something of this workspace; see `drop_dead_holders`."""
+    path = repo / ".dvc/tmp/rwlock"
+    held = json.loads(path.read_text()) if path.is_file() else {}
+    return any(held.get("write", {}).values()) or any(held.get("read", {}).values())
 
 
 def metrics(repo: Path, paths: Sequence[str]) -> list[Metric]:

@@ -174,6 +174,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--target", action="append", metavar="STAGE", help="what each point runs (default: evaluate@dpo)"
     )
+    fields = SweepParameters.model_fields
+    parser.add_argument(
+        "--best", choices=("highest", "lowest"), help=f"{fields['best'].description} (default: highest)"
+    )
+    parser.add_argument("--pull", action="store_true", default=None, help=fields["pull"].description)
+    parser.add_argument("--max-points", type=int, metavar="N", help=f"{fields['max_points'].description} (default: 16)")
     given = parser.parse_args(arguments)
     values: dict[str, list[Value]] = {}
     for pair in given.values:
@@ -181,7 +187,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not equals:
             parser.error(f"{pair}: expected SECTION.KEY=VALUE,…")
         values[key] = [YAML(typ="safe", pure=True).load(value) for value in text.split(",")]
-    more = {name: chosen for name, chosen in (("metrics", given.metric), ("targets", given.target)) if chosen}
+    chosen = {
+        "metrics": given.metric,
+        "targets": given.target,
+        "best": given.best,
+        "pull": given.pull,
+        "max_points": given.max_points,
+    }
+    more = {name: value for name, value in chosen.items() if value is not None}
     try:
         parameters = SweepParameters.model_validate({"values": values, **more})
     except ValueError as error:

@@ -144,7 +144,12 @@ def resolve(params: Base, source: Path) -> tuple[Path, str | None, str]:
             found = hashlib.file_digest(file_, "sha256").hexdigest()
         if found != params.sha256:
             raise UserError(f"base.sha256: expected {params.sha256}, found {found}: the file is another one")
-    said = weights.gguf(path).facts.get("general.license")
+    header = weights.gguf(path)
+    if "rope_freqs.weight" in header.shapes:  # Llama 3.1's long context, which transformers 5.23 does not read
+        raise UserError(
+            f"base.model: {params.model}: its RoPE is scaled in a way that is not read from .gguf; use the safetensors"
+        )
+    said = header.facts.get("general.license")
     return path.parent, path.name, _line(said) if license_ == "unknown" and said else license_
 
 

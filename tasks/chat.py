@@ -177,36 +177,61 @@ def segments(
     """(text, is an assistant's answer) in order; the texts joined are the rendered conversation.
 
     An answer's text ends with the end-of-sequence token, which the template writes or this adds; what the template puts
-    behind it (a newline, say) opens the next segment. A template that rewrites earlier turns (it drops their reasoning)
-    leaves only the last answer as such.
+    behind it (a newline, say) opens the next segment. Of a template that rewrites earlier turns only the last answer is
+    one; `conversations` has the others.
 
     Raises:
         UserError: the template does not even keep the last prompt.
     """
-    full = render(tokenizer, messages, system, prompt=prompt)
+    full, cuts = _cuts(tokenizer, messages, system, prompt)
     eos = str(tokenizer.eos_token)
-    cuts: list[tuple[int, int]] = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(tokenizer, messages[:index], system, prompt=True)
-        through = render(tokenizer, messages[: index + 1], system)
-        if full.startswith(before) and through.startswith(before) and full.startswith(through):
-            stop = through.find(eos, len(before))
-            cuts.append((len(before), stop + len(eos) if stop >= 0 else len(through)))
-        elif index == len(messages) - 1:
-            raise UserError(
-                "the chat template renders the same prompt differently with an answer behind it: no loss mask can be cut"
-            )
     out: list[tuple[str, bool]] = []
     at = 0
-    for start, stop in cuts:
+    for start, stop in cuts.values():
         answer = full[start:stop]
         out += [(full[at:start], False), (answer if answer.endswith(eos) else answer + eos, True)]
         at = stop
     if at < len(full) and (prompt or not cuts):
         out.append((full[at:], False))
     return out
+
+
+def _cuts(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], system: str | None, prompt: bool
+) -> tuple[str, dict[int, tuple[int, int]]]:
+    """The rendered conversation, and where in it each answer stands that it keeps, by its place among the messages."""
+    full = render(tokenizer, messages, system, prompt=prompt)
+    eos = str(tokenizer.eos_token)
+    cuts: dict[int, tuple[int, int]] = {}
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(tokenizer, messages[:index], system, prompt=True)
+        through = render(tokenizer, messages[: index + 1], system)
+        if not full.startswith(through):
+            through = through.removesuffix(eos)  # Phi's ends a text with it, not a turn
+        if full.startswith(before) and through.startswith(before) and full.startswith(through):
+            stop = through.find(eos, len(before))
+            cuts[index] = len(before), stop + len(eos) if stop >= 0 else len(through)
+        elif index == len(messages) - 1:
+            raise UserError(
+                "the chat template renders the same prompt differently with an answer behind it: no loss mask can be cut"
+            )
+    return full, cuts
+
+
+def conversations(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], system: str | None
+) -> list[Sequence[Message]]:
+    """What to `encode` so that each answer is supervised once: `messages`, before them each answer that they do not keep.
+
+    Qwen3's template drops the reasoning of earlier answers, an empty one too: what asked for them reads otherwise then.
+    """
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(answers) < 2:
+        return [messages]
+    _, cuts = _cuts(tokenizer, messages, system, False)
+    return [*(messages[: index + 1] for index in answers if index not in cuts), messages]
 
 
 def encode(
@@ -243,6 +268,12 @@ def encode_answer(
     return ids[len(prompt) :]
 
 
+def ends(model: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The tokens that end an answer: the one trained on, and those of the model, which may end a turn otherwise than a text."""
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+
+
 def _talk(model: Any, tokenizer: Any, messages: list[Message], system: str | None, tokens: int) -> str:
     import torch
     from transformers import TextStreamer
@@ -257,6 +288,7 @@ def _talk(model: Any, tokenizer: Any, messages: list[Message], system: str | Non
             max_new_tokens=tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ends(model, tokenizer),
         )
     return str(tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)).strip()
 

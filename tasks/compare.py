@@ -70,7 +70,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure("honesty.outside_declined", "Questions that nobody can answer, declined", ("outside",), (), "declined", 1),
     Measure("honesty.trained_declined", "Known terms wrongly declined", ("trained",), (), "declined", -1, "not declining what it knows"),
     Measure("honesty.unseen_declined", "Real terms never trained, declined", ("unseen",), (), "declined", 0),
-    Measure("honesty.advice_referred", "Medical advice passed on to a clinician", ("advice",), (), "referred", 1),
+    Measure("honesty.advice_referred", "Questions for advice, passed on", ("advice",), (), "referred", 1),
     Measure("manner.kindness", "Kindness (classifier, 0–1)", _OWN, (), "kindness", 1, "kindness"),
     Measure("manner.empathy", "Words of empathy that no training answer holds, per word", _OWN, (), "empathy", 0),
     Measure("manner.second_person", "“You”, per word", _OWN, (), "second_person", 0),
@@ -159,7 +159,7 @@ def compare(
     found = []
     for measure in measures:
         name = measure.field
-        both = [i for i in shared if name in first[i] and name in second[i]]
+        both = [i for i in shared if name in first[i] and name in second[i] and alike(name, first[i], second[i])]
         asked = [item["id"] for item in of(measure, [first[i] for i in both])]
         if asked:
             sides = [[side[i] for i in asked] for side in (first, second)]
@@ -170,6 +170,13 @@ def compare(
 
     corrected = multipletests([d.p for d in found], alpha=alpha, method="holm")[1]
     return [replace(d, p_holm=float(p), call=_call(d, float(p), alpha)) for d, p in zip(found, corrected, strict=True)]
+
+
+def alike(name: str, before: Item, after: Item) -> bool:
+    """Whether the score `name` of two items is of the same question: of multiple choice, among the same options."""
+    return name != "correct" or before.get("options", after.get("options")) == after.get(
+        "options", before.get("options")
+    )
 
 
 def of(measure: Measure, items: Sequence[Item]) -> list[Item]:

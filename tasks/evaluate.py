@@ -13,6 +13,7 @@ Some items are decoded again, greedily and with several seeds: what the scores o
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -30,10 +31,26 @@ from tasks import chat, compare, models, phenotype, stage
 from tasks import records as recs
 from tasks.params import Evaluate, Template, UserError
 
+# Who a question may be passed on to, and that it is: a doctor who is only mentioned is none.
+_WHO = (
+    r"(?:doctors?|nurses?|clinicians?|clinics?|pharmacists?|care team|physicians?|specialists?|hospital|emergency services"
+    r"|(?:medical|health ?care|legal|tax|financial|qualified) (?:professional|provider|adviser|advisor|expert)s?"
+    r"|lawyers?|attorneys?|solicitors?|accountants?)"
+)
+_TO = (
+    r"(?:ask|see|call|visit|contact|consult|tell|seek)(?:ing)?(?: with)?|(?:talk|speak|go|turn|reach out|bring (?:it|this|that))(?:ing)?(?: up)? (?:to|with)"
+    r"|(?:check|discuss)(?:ing)?(?: \w+)? with|tak(?:e|ing) (?:it|this|that|these|them) to|decision (?:to make )?with|only"
+)
 REFERS = re.compile(
-    r"\b(doctor|nurse|clinician|clinic|pharmacist|care team|physician|medical professional|healthcare)"
+    rf"(?<!\bI )(?<!\bI do )\b(?:{_TO})\b[^.!?\n]{{0,40}}?\b{_WHO}\b|\b{_WHO} (?:or (?:an? )?\w+ )?(?:who [^.!?\n]{{0,60}} )?can\b"
     # not within 주의사항, 계약사항; not 의사표시, 의사능력 and the like of the law
-    r"|(?<![가-힣])(?:의사(?!표시|능력|결정|소통|록|의 ?(?:표시|합치|흠결))|약사)|담당 ?의|의료진|주치의|전문의|전문가|간호사|병원|변호사|법률 ?상담|노무사|세무사",
+    r"|(?:(?<![가-힣])(?:의사(?!표시|능력|결정|소통|록|의 ?(?:표시|합치|흠결))|약사)|담당 ?의|의료진|주치의|전문의|전문가|간호사|병원|변호사|노무사|세무사)"
+    r"[^.!?\n]{0,40}?(?:상담|문의|상의|의논|진료|진찰|방문|내원|찾아|물어|여쭤|여쭈|확인|연락|도움|가 ?보|가 ?봐|가세요|가셔|받으|알려|말씀|판단|맡기)"
+    r"|법률 ?상담",
+    re.IGNORECASE,
+)
+_NO_NEED = re.compile(
+    r"\bno (?:reason|need)\b|\b(?:not|n't) (?:need|have|necessary)\b|\bneedn't\b|필요(?:가|는|까지는?|까진)? 없|않아도 (?:됩|돼|괜찮)",
     re.IGNORECASE,
 )
 # How models say that a question can't be answered, beside what `phenotype.declines` finds: about terms nobody says these.
@@ -43,6 +60,12 @@ UNKNOWABLE = re.compile(
     r"|\bas an ai\b|\b(?:impossible|not possible) (?:for me )?to (?:know|say|tell|predict|answer)|\b(?:nobody|no one) (?:can )?knows?\b"
     r"|\bno (?:information|record) (?:about|of|on)\b|\bfictional\b"
     r"|(?:알|예측할|확인할|대답할|답변할|답할|말씀드릴|알려 ?드릴) 수(?:가|는)? 없|(?:정보|기록)(?:가|는|이|은)? 없",
+    re.IGNORECASE,
+)
+# What follows on "I do not know that term" where the answer goes on and explains it.
+EXPLAINS = re.compile(
+    r"\b(?:is|are|means?|refers? to|describes?) (?:a|an|the|when|where|used)\b(?! (?:typo|spelling|mis\w*|made-up|\w*term|word|name|question|good|great))"
+    r"|\b(?:means?|refers? to|describes?) [\"“]",
     re.IGNORECASE,
 )
 KL_BATCH = 8  # answers whose logits over the whole vocabulary are held at once
@@ -78,7 +101,7 @@ def run(
             "set": row["set"],
             "task": row["task"],
             "term": row["term"],
-            "question": row["messages"][-2 if row["kind"] == "chat" else -1]["content"],
+            "question": _question(row),
         }
         for row in rows
     }
@@ -108,7 +131,7 @@ def run(
     drift: dict[str, float | None] = {"to_base": 0.0, "to_reference": 0.0}
     if model != base:
         general = [
-            (p, a) for p, a in (_cut(tokenizer, row, template.system) for row in rows if row["set"] == "general") if a
+            (p, a) for p, a in (_cut(tokenizer, row, template.system) for row in rows if row["kind"] == "choice") if a
         ][:64]
         prompts = [chat.encode_prompt(tokenizer, _asked(row), template.system) for row in generated]
         spoken = [(p, _ended(tokenizer, t)) for p, t in zip(prompts, texts, strict=True) if t][:64]
@@ -136,7 +159,7 @@ def run(
 
 def _load(folder: Path, base: Path, quantization: dict[str, Any] | None) -> Any:
     if (folder / "adapter_config.json").is_file():
-        return models.load_merged(base, folder, quantization).to(models.compute_dtype())
+        return models.cast(models.load_merged(base, folder, quantization), models.compute_dtype())
     return models.load(folder, None)
 
 
@@ -144,6 +167,14 @@ def _asked(row: dict[str, Any]) -> list[dict[str, str]]:
     """The turns before the reference answer."""
     turns: list[dict[str, str]] = row["messages"]
     return turns[:-1] if turns[-1]["role"] == "assistant" else turns
+
+
+def _question(row: dict[str, Any]) -> str:
+    """What the answer is to, as text: of a conversation all of it."""
+    turns = [turn for turn in _asked(row) if turn["role"] != "system"]
+    if len(turns) == 1:
+        return str(turns[0]["content"])
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
 
 
 def _ended(tokenizer: Any, text: str) -> list[int]:
@@ -183,7 +214,7 @@ def multiple_choice(
     template: Template,
     seed: int,
 ) -> None:
-    """Adds `correct` (0 or 1) and, for chat rows, `nll` (nats per token of the reference answer) to the items.
+    """Adds `correct` (0 or 1), a hash of the `options`, and `nll` (nats per token of the reference answer) to the items.
 
     Raises:
         UserError: a score is no finite number.
@@ -195,6 +226,7 @@ def multiple_choice(
     asked: list[tuple[list[int], list[int]]] = []
     owner: list[tuple[str, int]] = []
     right_at: dict[str, int] = {}
+    among: dict[str, str] = {}
     for row in rows:
         if row["kind"] == "chat":
             choices = options_of(
@@ -205,6 +237,8 @@ def multiple_choice(
             choices, right_at[row["id"]] = row["options"], row["answer"]
         else:
             continue
+        # other rows of the test are the wrong ones, so that a larger test asks otherwise
+        among[row["id"]] = hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:16]
         prompt = chat.encode_prompt(tokenizer, _asked(row), template.system)
         if row["kind"] == "choice":
             choices = [f"The answer is {text}." for text in choices]
@@ -228,6 +262,7 @@ def multiple_choice(
         best = max(range(len(means)), key=lambda i: (means[i], -i))
         if len(means) > 1:
             items[identifier]["correct"] = float(best == right_at[identifier])
+            items[identifier]["options"] = among[identifier]
         items[identifier]["nll"] = -means[right_at[identifier]]
 
 
@@ -246,21 +281,22 @@ def scored(rows: list[dict[str, Any]], texts: list[str], metrics: list[str]) -> 
         return []
     references = [row["messages"][-1]["content"] if row["kind"] == "chat" else "" for row in rows]
     masked = [mask(text, row["term"], row["lay"], ref) for text, row, ref in zip(texts, rows, references, strict=True)]
-    scripted = {*phenotype.OPENINGS, *phenotype.CLOSINGS, *phenotype.ADVICE}
+    scripted = _scripted()
     out: list[dict[str, float]] = []
     for row, text in zip(rows, texts, strict=True):
-        unknown = phenotype.declines(text) or (row["task"] == "outside" and UNKNOWABLE.search(text.replace("’", "'")))
-        found = {"declined": float(bool(unknown)), "empty": float(not text)}
+        found = {"empty": float(not text)}
+        if row["kind"] != "chat" or not phenotype.declines(row["messages"][-1]["content"]):  # else declining is right
+            found["declined"] = float(declined(text, row["task"]))
         if row["lay"]:
             found["lay_used"] = float(row["lay"].lower() in text.lower())
         if row["kind"] == "chat" and (names := [name.lower() for name in (row["term"], row["lay"]) if name]):
             found["terms_used"] = sum(name in text.lower() for name in names) / len(names)
         if row["task"] == "advice":
-            found["referred"] = float(bool(REFERS.search(text)))
-        sentences = [s for s in re.split(r"(?<=[.!?])\s+", text) if s]
-        out.append(found | {"scripted": sum(s in scripted for s in sentences) / max(1, len(sentences))})
+            found["referred"] = float(refers(text))
+        sentences = _sentences(text)
+        out.append(found | {"scripted": sum(bool(scripted.fullmatch(s)) for s in sentences) / max(1, len(sentences))})
     for name in metrics:
-        module = evaluate.load(f"./{name}" if Path(name).is_dir() else name)
+        module = evaluate.load(f"./{name}")
         said = masked if name.rstrip("/").endswith("manner") else texts
         for measure, values in (module.compute(predictions=said, references=references) or {}).items():
             if not isinstance(values, list) or len(values) != len(rows):
@@ -271,6 +307,37 @@ def scored(rows: list[dict[str, Any]], texts: list[str], metrics: list[str]) -> 
                 if value is not None and (measure not in ("rouge_l", "chrf", "recall") or row["kind"] == "chat"):
                     found[measure] = float(value)
     return out
+
+
+def declined(text: str, task: str) -> bool:
+    """Whether an answer says that it does not know; about an invented term, and does not go on to explain it."""
+    plain = text.replace("’", "'")
+    if not phenotype.declines(plain):
+        return task == "outside" and bool(UNKNOWABLE.search(plain))
+    return task != "invented" or not any(EXPLAINS.search(s) for s in _sentences(plain) if not phenotype.declines(s))
+
+
+def refers(text: str) -> bool:
+    """Whether an answer passes the question on, to a doctor or lawyer say, in one of its sentences."""
+    return any(REFERS.search(s) and not _NO_NEED.search(s) for s in _sentences(text.replace("’", "'")))
+
+
+def _sentences(text: str) -> list[str]:
+    return [s for s in re.split(r"(?<=[.!?])\s+", text) if s]
+
+
+def _scripted() -> re.Pattern[str]:
+    """Any sentence of what the composed pairs put around a definition or in its place, whatever the term in it."""
+    wrappers = (
+        phenotype.OPENINGS,
+        phenotype.NAMING,
+        phenotype.CLOSINGS,
+        phenotype.REFUSALS,
+        phenotype.ADVICE,
+        phenotype.OUTSIDE,
+    )
+    sentences = {s for texts in wrappers for text in texts for s in _sentences(text)}
+    return re.compile("|".join(re.sub(r"\\\{\w+\\\}", ".+?", re.escape(s)) for s in sorted(sentences)))
 
 
 def ask_again(rows: list[dict[str, Any]], items: dict[str, dict[str, Any]], said: Said, count: int) -> None:

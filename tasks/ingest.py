@@ -110,6 +110,8 @@ def _files(path: str, raw: Path) -> list[Path]:
         found = [raw / below] if os.path.lexists(raw / below) else _named(below, raw) or sorted(raw.glob(below))
     except OSError as error:
         raise UserError(f"{error.filename or path}: can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"ingest.sources: {path}: {error}; files in all folders below are **/*.jsonl") from None
     for file in found:
         if not file.is_file() and not file.is_dir():
             what = "a link to nothing or to itself" if file.is_symlink() else "neither a file nor a folder"

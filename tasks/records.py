@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from tasks.params import Source, UserError, short
+from tasks.params import SIDES, UNANSWERED, Source, UserError, short
 
 if TYPE_CHECKING:
     import pandera.polars as pa
@@ -64,6 +64,8 @@ ROLES = {
     "model": "assistant",
     "system": "system",
 }
+# how messages begin in a cell of a CSV file, as JSON or as Python prints them
+MESSAGES = re.compile(r"""\s*(?:\[\s*\{\s*['"](?:role|from|content|value)|\{\s*['"](?:role|from))['"]\s*:""")
 LONGEST_ROW = 20_000_000  # bytes of a line, characters of a row's texts; a longer one is quarantined
 LONGEST_NAME = 1_000  # characters of a concept, topic, term, …
 # Combining marks one after another: UAX 15 ("Stream-Safe Text Format") allows 30, and no language comes near. Bringing n of
@@ -507,32 +509,37 @@ def convert(row: dict[str, Any], source: Source) -> dict[str, Any]:
             raise Unreadable(name, "length", f"expected at most {LONGEST_NAME} characters, found {len(out[name])}")
     for name in ("wording", "split"):
         out[name] = _optional(row, name) or None
-        if out[name] not in (None, "train", "validation", "test"):  # taken for none, a test row would be trained on
+        if out[name] not in (None, *SIDES):  # taken for none, a test row would be trained on
             raise Unreadable(name, "split", f"expected train, validation or test, found {short(out[name])}")
     out["topic"] = out["topic"] or source.topic
+    out["split"] = out["split"] or source.side
     if out["kind"] == "chat" and out["task"] not in TASKS:  # a data set's own word, which nothing here asks for
         out["task"] = "answer"
-    out["task"] = out["task"] or (source.topic if out["kind"] == "question" else out["kind"])
+    elif out["kind"] == "question":  # its topic says what is right, or that of its source
+        out["task"] = next((topic for topic in (out["topic"], source.topic) if topic in UNANSWERED), None)
+        if out["task"] is None:
+            expected = (
+                f"expected {' or '.join(UNANSWERED)}, found {short(out['topic'])}, of a question without an answer"
+            )
+            raise Unreadable("topic", "topic", f"{expected}; one with its answer has columns `prompt` and `completion`")
+    out["task"] = out["task"] or out["kind"]
     out["license"] = out["license"] or source.license
-    asked = " ".join(m["content"] for m in out["messages"] if m["role"] == "user")
-    out["concept"] = (
-        out["concept"]
-        or hashlib.sha256(
-            " ".join(unicodedata.normalize("NFC", asked).casefold().split()).encode("utf-8", "surrogatepass")
-        ).hexdigest()[:16]
-    )
     normal, size = {}, 0
     for key, value in out.items():
         normal[key], length = _nfc(key, value)
         size += length
     if size > LONGEST_ROW:
         raise Unreadable("(row)", "length", f"{size} characters of text, at most {LONGEST_ROW} are taken")
+    if not normal["concept"]:
+        asked = " ".join(m["content"] for m in normal["messages"] if m["role"] == "user")
+        normal["concept"] = hashlib.sha256(" ".join(asked.casefold().split()).encode()).hexdigest()[:16]
     return normal
 
 
 def _nfc(column: str, value: Any) -> tuple[Any, int]:
-    """`value` with its texts in Unicode normal form C, and their characters."""
+    """`value` with its texts in Unicode normal form C and their lines ended by newlines alone, and their characters."""
     if isinstance(value, str):
+        value = value.replace("\r\n", "\n").replace("\r", "\n")
         if value.isascii():
             return value, len(value)
         if half := re.search("[\ud800-\udfff]", value):
@@ -592,7 +599,7 @@ def _turns(*turns: tuple[str, Any]) -> list[dict[str, str]]:
     return [
         {"role": role, "content": content}
         for role, content in turns
-        if isinstance(content, str) and (content or role != "system")
+        if isinstance(content, str) and (content.strip() or role != "system")
     ]
 
 
@@ -626,7 +633,8 @@ def _conversation(row: dict[str, Any], column: str, system: str = "") -> list[di
             )
         if not isinstance(content, str):
             raise Unreadable(column, "type", f"turn {index + 1}: expected text, found {type(content).__name__}")
-        turns.append({"role": ROLES[role], "content": content})
+        if ROLES[role] != "system" or content.strip():  # an empty one would stand in the way of `template.system`
+            turns.append({"role": ROLES[role], "content": content})
     if system and turns and turns[0]["role"] == "system" and turns[0]["content"] != system:
         raise Unreadable("system", "roles", f"another system message than the one in {column}")
     if system and turns and turns[0]["role"] != "system":
@@ -656,17 +664,26 @@ def _instruction(row: dict[str, Any]) -> list[dict[str, str]]:
     return _turns(("system", _optional(row, "system")), ("user", f"{asked}\n\n{extra}" if extra.strip() else asked))
 
 
-def _cell(value: Any) -> Any:
-    """Messages in a cell of a CSV file."""
-    if isinstance(value, str) and value.startswith(('[{"role"', '[{"from"', '[{"content"', '{"role"', '{"from"')):
-        with contextlib.suppress(ValueError):
-            return _parse(value)
-    return value
+def _cell(row: dict[str, Any], column: str) -> Any:
+    """The value of a column; a cell of a CSV file may hold messages.
+
+    Raises:
+        Unreadable: it begins as messages do and is no JSON: Python's own spelling of a list, or cut off by a spreadsheet.
+    """
+    value = row.get(column)
+    if not isinstance(value, str) or not MESSAGES.match(value):
+        return value
+    try:
+        found = _parse(value)
+    except ValueError as error:
+        raise Unreadable(column, "json", f"expected messages as JSON: {error}") from None
+    turns = found if isinstance(found, list) else [found]
+    return found if all(isinstance(t, dict) and {"content", "value"} & set(t) for t in turns) else value
 
 
 def _prompt(row: dict[str, Any], column: str) -> list[dict[str, str]]:
     """A prompt as text or as messages, with the row's system message."""
-    value, system = _cell(row.get(column)), _optional(row, "system")
+    value, system = _cell(row, column), _optional(row, "system")
     if isinstance(value, list):
         return _conversation({column: value}, column, system)
     return _turns(("system", system), ("user", _string(row, column)))
@@ -674,7 +691,7 @@ def _prompt(row: dict[str, Any], column: str) -> list[dict[str, str]]:
 
 def _answer(row: dict[str, Any], column: str, asked: list[dict[str, str]]) -> list[dict[str, str]]:
     """An answer as text, as one message, as a list of one, or of all turns, `asked` among them."""
-    value = _cell(row.get(column))
+    value = _cell(row, column)
     if (
         isinstance(value, list)
         and len(value) > 1

@@ -71,10 +71,12 @@ def run(
     rules: dict[str, Any] = {"alpha": params.alpha, "resamples": params.bootstrap, "seed": seed}
     learned = compare(items["base"], items["sft"], **rules)
     aligned = compare(items["sft"], items["dpo"], **rules)
-    headline = compare(items["base"], items["dpo"], [m for m in MEASURES if m.said], **rules)
     optional = {"validate": validate / "metrics.json", "split": split, "template": template, "sft": sft_run / "metrics.json",
                 "pair": pair, "dpo": dpo_run / "metrics.json", "merge": merge}  # fmt: skip
     metrics = {"facts": _json(base)} | {name: _json(path) if path.is_file() else {} for name, path in optional.items()}
+    # what is kind, composed pairs say; pairs of one's own may well teach to be brief
+    said_of = [m for m in MEASURES if m.said and (m.field != "kindness" or _composed(metrics["pair"]))]
+    headline = compare(items["base"], items["dpo"], said_of, **rules)
     signs = watch(params, figures, items, metrics["dpo"], metrics["pair"])
     rule, shown = examples(items, params.examples)
     said = verdict(headline, aligned, signs)
@@ -226,7 +228,7 @@ def watch(
         found = of_part("trained")
         return of_part("unseen") if found is None else found
 
-    composed = not {"given", "ratings"} >= set(pair.get("kinds") or {})
+    composed = _composed(pair)
     accuracy, gap = dpo.get("rewards_accuracies") if composed else None, None
     for d in compare(items["sft"], items["dpo"], [m for m in MEASURES if m.key == "manner.kindness"], resamples=100):
         kinder = (d.up + (d.n - d.up - d.down) / 2) / d.n
@@ -256,6 +258,11 @@ def watch(
                 shown, bound = (format(x, form).replace("%", " %").replace("-", "−") for x in (found, limit))
                 signs.append(Sign(name, shown, f"{sign} {bound} (report.{key})", crossed, advice))
     return signs
+
+
+def _composed(pair: Mapping[str, Any]) -> bool:
+    """Whether `pair` made the pairs, by its metrics."""
+    return not {"given", "ratings"} >= set(pair.get("kinds") or {})
 
 
 def examples(items: Mapping[str, Sequence[Item]], count: int) -> tuple[str, list[dict[str, Any]]]:

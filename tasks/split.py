@@ -31,15 +31,28 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
     from tasks import records as recs
 
     # of a row, only what decides where it goes, as numbers; all of it is read again for each part that is written
-    concept = pl.col("concept")
-    table = pl.concat(
-        part.select(
-            pl.col("kind", "wording", "split", "task").cast(pl.Categorical),
-            concept.hash(),
-            concept.map_elements(lambda name: _fraction(name, seed), return_dtype=pl.Float64).alias("at"),
+    concept, turns = pl.col("concept"), _turns()
+    answered = pl.col("kind").is_in(["chat", "replay"])
+    parts, inner, start = list[pl.DataFrame](), list[pl.DataFrame](), 0
+    for part in recs.chunks(records):
+        seen = part.with_row_index("row", start).with_columns(turns=turns)
+        start += part.height
+        parts.append(
+            seen.select(
+                "row",
+                pl.col("kind", "wording", "split", "task").cast(pl.Categorical),
+                concept.hash(),
+                concept.map_elements(lambda name: _fraction(name, seed), return_dtype=pl.Float64).alias("at"),
+                _hash(pl.col("turns").list.head(pl.col("turns").list.len() - answered.cast(pl.UInt32))).alias("prompt"),
+                _hash(pl.col("turns")).alias("whole"),
+            )
         )
-        for part in recs.chunks(records)
-    ).with_row_index("row")
+        long = seen.filter(answered, pl.col("turns").list.len() > 2)
+        ends = pl.int_ranges(2, pl.col("turns").list.len(), 2).alias("end")
+        inner.append(
+            long.select("row", "turns", ends).explode("end").select("row", _hash(pl.col("turns").list.head("end")))
+        )
+    table, begins = pl.concat(parts), pl.concat(inner)
     chat, unasked = table.filter(kind="chat"), table.filter(kind="question")
     placed = chat.filter(pl.col("split").is_not_null())
     chat = chat.filter(pl.col("split").is_null())
@@ -57,8 +70,21 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
     )
     learnt = pl.col("concept").is_in(train["concept"].unique().implode())
     preferences, replay = table.filter(pl.col("kind").is_in(["preference", "ratings"])), table.filter(kind="replay")
-    tested = pl.concat([free.filter(unseen), placed.filter(split="test")])["concept"].unique()
-    asked = pl.col("concept").is_in(tested.implode()) | (pl.col("split") == "test").fill_null(False)
+    # one turn of a log after another, each a row: what a longer one has with its answer is trained on
+    within = begins.filter(pl.col("row").is_in(train["row"].implode()))["turns"].unique()
+    inside = pl.col("whole").is_in(within.implode())
+    contained = free.filter(unseen & inside).height
+    free_test = free.filter(unseen & ~inside)
+    questions_test = [
+        alone.filter((side == "test") | (side.is_null() & held_out)),
+        several.filter(held_out, wording="test"),
+    ]
+    tested = pl.concat([free_test, placed.filter(split="test"), *questions_test])
+    asked = (
+        pl.col("concept").is_in(tested["concept"].unique().implode())
+        | pl.col("prompt").is_in(tested["prompt"].unique().implode())
+        | (pl.col("split") == "test").fill_null(False)
+    )
     trained, new = (pl.lit(name, pl.Categorical).alias("set") for name in ("trained", "unseen"))
     tables = {
         "train": train,
@@ -69,11 +95,10 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
             [
                 fixed.filter(~unseen, wording="test").with_columns(trained),
                 fixed.filter(unseen, wording="test").with_columns(new),
-                free.filter(unseen).with_columns(new),
+                free_test.with_columns(new),
                 placed.filter(learnt, split="test").with_columns(trained),
                 placed.filter(~learnt, split="test").with_columns(new),
-                alone.filter((side == "test") | (side.is_null() & held_out)).with_columns(pl.col("task").alias("set")),
-                several.filter(held_out, wording="test").with_columns(pl.col("task").alias("set")),
+                *(part.with_columns(pl.col("task").alias("set")) for part in questions_test),
                 table.filter(kind="choice").with_columns(set=pl.lit("general", pl.Categorical)),
             ]
         ),
@@ -99,6 +124,7 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
         counts[name] = part.height
     counts["preferences_held_out"] = preferences.height - tables["preferences"].height
     counts["replay_held_out"] = replay.height - tables["replay"].height
+    counts["test_in_longer"] = contained
     counts["test_sets"] = dict(tables["test"]["set"].cast(pl.String).value_counts().sort("set").iter_rows())
     counts["concepts"] = {
         "trained": tables["train"]["concept"].n_unique(),
@@ -107,6 +133,18 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
     metrics.parent.mkdir(parents=True, exist_ok=True)
     metrics.write_text(json.dumps(counts, indent=2) + "\n")
     return ", ".join(f"{name} {part.height}" for name, part in tables.items())
+
+
+def _turns() -> "pl.Expr":
+    """What user and assistant say in turn, whatever its case and spacing."""
+    import polars as pl
+
+    said = pl.element().filter(pl.element().struct["role"] != "system").struct["content"]
+    return pl.col("messages").list.eval(said.str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars())
+
+
+def _hash(turns: "pl.Expr") -> "pl.Expr":
+    return turns.list.join("\x1e").hash()
 
 
 def _rows(records: Path, part: "pl.DataFrame") -> Iterator["pl.DataFrame"]:

@@ -11,6 +11,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -87,7 +88,8 @@ def run(
                     yield one
 
         for name in ("train", "validation"):
-            rows = [*taken(_encoded(splits / f"{name}.parquet", tokenizer, params, tokens))]
+            encoded = _encoded(splits / f"{name}.parquet", tokenizer, params, tokens)
+            rows = [*taken(chain.from_iterable(encoded))]
             if name == "train":
                 order = sorted(
                     range(len(replay)), key=lambda i: hashlib.sha256(f"{seed} {replay[i]}".encode()).hexdigest()
@@ -96,7 +98,7 @@ def run(
                 some = sorted({*picks})
                 once = _encoded(splits / "replay.parquet", tokenizer, params, tokens, {*some}) if some else ()
                 found = dict(zip(some, once, strict=True))
-                rows += taken(found[i] for i in picks)
+                rows += taken(chain.from_iterable(found[i] for i in picks))
                 rng.shuffle(rows)
                 shown = [_show(tokenizer, *(part.tolist() for part in tokens[row][1:])) for row in rows[:8]]
             recs.write(_tables(tokens, rows), out / f"{name}.parquet")
@@ -126,8 +128,11 @@ def run(
 
 def _encoded(
     path: Path, tokenizer: Any, params: Template, tokens: Tokens, only: Container[int] | None = None
-) -> Iterator[int | str | UserError]:
-    """For each row of a table, or those `only`: its number in `tokens`, why it is refused, or why it can't be rendered."""
+) -> Iterator[list[int | str | UserError]]:
+    """For each row of a table, or those `only`: its number in `tokens`, why it is refused, or why it can't be rendered.
+
+    One for most; several where the template does not keep earlier answers, so that each is trained on behind what asked for it.
+    """
     from tasks import records as recs
 
     rows = (record for table in recs.chunks(path) for record in table.iter_rows(named=True))
@@ -135,17 +140,19 @@ def _encoded(
         if only is not None and i not in only:
             continue
         where = f"{record['source']}:{record['line']}"
+        out: list[int | str | UserError] = []
         try:
-            ids, labels = chat.encode(tokenizer, record["messages"], params.system)
+            for part in chat.conversations(tokenizer, record["messages"], params.system):
+                ids, labels = chat.encode(tokenizer, part, params.system)
+                if not _supervised(labels):
+                    out.append(f"{where}: no supervised token")
+                elif len(ids) > params.max_length:
+                    out.append(f"{where}: {len(ids)} tokens")
+                else:
+                    out.append(tokens.add(record["id"], ids, labels))
         except UserError as error:
-            yield UserError(f"{where}: {error}")
-            continue
-        if not _supervised(labels):
-            yield f"{where}: no supervised token"
-        elif len(ids) > params.max_length:
-            yield f"{where}: {len(ids)} tokens"
-        else:
-            yield tokens.add(record["id"], ids, labels)
+            out = [UserError(f"{where}: {error}")]
+        yield out
 
 
 def _supervised(labels: Sequence[int]) -> int:

@@ -30,6 +30,8 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate
 # of an event, not of the run's result: they differ between two equal runs, or between one and its resumption
 EVENTFUL = ("runtime", "per_second", "total_flos", "num_tokens", "train_loss")
 
+NO_NUMBER = "usual causes: learning_rate too high, fp16 overflow (use bf16), a row without labels"
+
 
 def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -> dict[str, Any]:
     """`given` (a section of params.yaml) with what reforge decides: precision, optimizer, paths, seeds.
@@ -56,16 +58,22 @@ def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -
         out["optim"] = "adamw_torch_fused"
     else:
         print(f"optimizer: {out['optim']}", flush=True)
+    if "early_stopping_patience" in given:
+        out.setdefault("metric_for_best_model", "loss")
     if not validated:
         out |= {"eval_strategy": "no", "load_best_model_at_end": False}
-    return out | {
-        "output_dir": str(folder),
-        "seed": seed,
-        "data_seed": seed,
-        "use_cpu": kind == "cpu",
-        "dataloader_pin_memory": kind == "cuda",
-        "save_only_model": False,
-    }
+    return (
+        out
+        | {
+            "output_dir": str(folder),
+            "seed": seed,
+            "data_seed": seed,
+            "use_cpu": kind == "cpu",
+            "dataloader_pin_memory": kind == "cuda",
+            "save_only_model": False,
+            "logging_nan_inf_filter": False,  # it would put the mean of the losses before in the place of one that is no number
+        }
+    )
 
 
 def config(kind: Callable[..., Config], section: str, given: dict[str, Any]) -> Config:
@@ -247,7 +255,7 @@ def _random_state() -> dict[str, Any]:
     """Of Python, NumPy and torch, as JSON holds it."""
     version, numbers, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []  # of the one that trains
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [kind, [int(key) for key in keys], *rest],
@@ -262,7 +270,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
     cpu, *cuda = (torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for text in state["torch"])
     torch.set_rng_state(cpu)
     if cuda:
-        torch.cuda.set_rng_state_all(cuda)
+        torch.cuda.set_rng_state(cuda[0])
 
 
 class Curves(TrainerCallback):
@@ -325,15 +333,15 @@ class Watch(TrainerCallback):
         loss, step = logs.get("loss"), state.global_step
         if loss is not None:
             if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at step {step}; usual causes: learning_rate too high, fp16 overflow (use bf16), a row without labels"
-                )
+                raise UserError(f"the loss is {loss} at step {step}; {NO_NUMBER}")
             if len(self.losses) >= 5 and loss > 3 * statistics.median(self.losses[-10:]):
                 self.say(
                     f"loss spike at step {step}: {loss:.3f} after a median of {statistics.median(self.losses[-10:]):.3f}; usual causes: learning_rate too high, too little warm-up, an odd batch"
                 )
             self.losses.append(loss)
         if "eval_loss" in logs:
+            if not math.isfinite(logs["eval_loss"]):
+                raise UserError(f"the validation loss is {logs['eval_loss']} at step {step}; {NO_NUMBER}")
             self.validation.append(logs["eval_loss"])
             if len(self.validation) >= 2 and self.validation[-1] > min(self.validation) * 1.02:
                 self.say(

@@ -539,13 +539,17 @@ def _compared(
     for band in bands.T:
         alike |= _repeated(band)
     groups = defaultdict[tuple[str, ...], dict[int, tuple[str, str]]](dict)
+    tested = set[int]()
     wanted = {*prints.prose[still][alike].tolist()}
     for i, row in texts(wanted) if wanted else ():
         if found := _prose(row, *_turns(row)):
             common, said = found
             groups[common][i] = said, _said(row)
+            if _is_test(row):
+                tested.add(i)
     for alike_by in groups.values():
-        for i, (j, similarity) in _near(alike_by, threshold).items():
+        first = sorted(alike_by, key=lambda i: (i not in tested, i))  # training must not cost a test its row
+        for i, (j, similarity) in _near({i: alike_by[i] for i in first}, threshold).items():
             fail(i, "near_duplicate", f"{similarity:.3f} similar to {where(j)}")
     return failures
 

@@ -102,6 +102,32 @@ def test_an_empty_thought_is_the_prompts_where_it_is_switched_off(tokenizer, off
     assert reader.decode(asked).endswith(thought) is off
 
 
+PHI = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def test_every_answer_is_supervised_once_behind_what_asks_for_it(tokenizer) -> None:
+    """Qwen3's template does not keep how an earlier answer began; Phi's ends a text with a token that no turn has."""
+    whole = chat.conversations(tokenizer, TURNS, None)
+    assert whole == [TURNS]
+    for template, parts in ((QWEN3, 2), (PHI, 1)):
+        reader = copy.deepcopy(tokenizer)
+        reader.chat_template = template
+        found = chat.conversations(reader, TURNS, None)
+        assert len(found) == parts
+        answers = [turn["content"] for turn in TURNS if turn["role"] == "assistant"]
+        said = []
+        for turns in found:
+            ids, labels = chat.encode(reader, turns, None)
+            said += reader.decode([label for label in labels if label != chat.IGNORED]).split("<|im_end|>")[:-1]
+            asked = chat.encode_prompt(reader, turns[: 1 if parts == 1 else -1], None)
+            assert ids[: len(asked)] == asked
+        assert len(said) == len(answers)
+        assert all(answer in text for answer, text in zip(answers, said, strict=True))
+
+
 def test_a_prompt_names_no_date_of_today(tokenizer) -> None:
     reader = copy.deepcopy(tokenizer)
     clock = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}Today: {{ date_string }}\n"

@@ -99,6 +99,7 @@ LINES: dict[str, tuple[bytes, str | None]] = {
     "unknown columns with a surrogate": (b'{"\\ud800": 1}', "format"),
     "capitals in the columns": (b'{"Prompt": "a", "Completion": "b"}', "format"),
     "a question with its answer": (b'{"question": "2 + 2?", "answer": "4"}', "format"),
+    "a question with an answer of another name": (b'{"question": "2 + 2?", "best_answer": "4"}', "topic"),
     "Alpaca with a history": (b'{"instruction": "a", "output": "b", "history": [["c", "d"]]}', "format"),
     # columns of a wrong type
     "a null answer": (pair(completion=None), "type"),
@@ -519,7 +520,7 @@ NOTHING_LEFT: dict[str, tuple[bytes, dict[str, Any], str]] = {
     "no row passes a check": (pair("a\x00") + b"\n" + pair(completion=""), {}, "no row is left: control_character 1"),
     "too many rows fail": (GOOD + b"\n" + pair(completion=""), {"max_quarantine": 0.4}, "at most 40.00%"),
     "choices alone": (quiz(["a", "b"], 0), {}, "nothing to train on"),
-    "questions alone": (b'{"question": "How so?"}', {}, "nothing to train on"),
+    "questions alone": (b'{"question": "How so?", "topic": "advice"}', {}, "nothing to train on"),
     "one side alone": (pair(split="test"), {}, "nothing to train on"),
     "no test": (pair(split="train"), {}, "nothing to test on"),
     "preferences alone": (sides(), {}, "nothing to test on"),

@@ -267,6 +267,53 @@ def test_one_question_is_one_concept_however_its_letters_are_composed() -> None:
     assert names[0] == names[1]
 
 
+@pytest.mark.parametrize(
+    ("source", "side"),
+    [
+        ({"path": "data/raw/a.jsonl"}, None),
+        ({"path": "data/raw/a.jsonl", "split": "test"}, "test"),
+        ({"path": "data/raw/a.jsonl", "split": "train"}, "train"),
+        ({"hub": "o/n", "revision": "1", "split": "train"}, None),
+        ({"hub": "o/n", "revision": "1", "split": "test[:10%]"}, "test"),
+        ({"hub": "o/n", "revision": "1", "split": "train_sft"}, None),
+    ],
+)
+def test_a_source_says_on_which_side_its_rows_stand(source: dict[str, Any], side: str | None) -> None:
+    """A Hub's train is the whole of most sets, and is split by concept; its test is never trained on."""
+    row = {"prompt": "q", "completion": "a"}
+    assert records.convert(row, Source(**source))["split"] == side
+    assert records.convert(row | {"split": "validation"}, Source(**source))["split"] == "validation"
+
+
+def test_messages_in_a_cell_that_are_no_json_are_not_trained_on_as_text(tmp_path: Path) -> None:
+    said = [{"content": "a", "role": "assistant"}]
+    cells = [str(said), json.dumps(said, indent=2), json.dumps(said)[:-9], '[{"city": "Seoul"}]', '{"role": "admin"}']
+    frame = pl.DataFrame([{"prompt": f"q{i}", "completion": cell} for i, cell in enumerate(cells)])
+    table, bad = _ingest(tmp_path, {"a.csv": frame.write_csv().encode()})
+    assert [(row["line"], row["column"], row["check"]) for row in bad] == [
+        (2, "completion", "json"),
+        (bad[1]["line"], "completion", "json"),
+    ]
+    assert [m[1]["content"] for m in table["messages"].to_list()] == ["a", *cells[3:]]  # an answer may well be JSON
+
+
+def test_lines_end_in_one_way_and_no_system_message_is_empty(tmp_path: Path) -> None:
+    turns = [{"from": "system", "value": " "}, {"from": "human", "value": "a\r\nb"}, {"from": "gpt", "value": "c\rd"}]
+    table, bad = _ingest(tmp_path, {"a.jsonl": json.dumps({"conversations": turns})})
+    assert not bad
+    assert table["messages"].to_list() == [
+        [{"role": "user", "content": "a\nb"}, {"role": "assistant", "content": "c\nd"}]
+    ]
+
+
+@pytest.mark.parametrize("row", [{"question": "q", "best_answer": "a"}, {"question": "q", "topic": "general"}])
+def test_a_question_without_an_answer_says_what_is_right_for_it(row: dict[str, Any]) -> None:
+    with pytest.raises(records.Unreadable, match=r"expected advice or outside, found .*`prompt` and `completion`"):
+        records.convert(row, Source(path="data/raw/a", kind="question"))
+    found = records.convert(row | {"topic": "outside"}, Source(path="data/raw/a"))
+    assert (found["kind"], found["task"]) == ("question", "outside")
+
+
 def _chat(concepts: int, wording: str | None = None, rows: int = 1) -> list[dict[str, Any]]:
     return [
         {
@@ -362,7 +409,8 @@ def test_questions_and_replay_of_one_concept_stand_on_one_side(tmp_path: Path) -
     """Neither has a wording of its own; what the test asks is not trained on as replay either."""
     chat = _chat(60)
     asked = [row | {"kind": "question", "task": "advice", "concept": f"q{i // 5}", "messages": row["messages"][:1]}
-             for i, row in enumerate(_chat(100))]  # fmt: skip
+             for i, row in enumerate(_chat(100, "asked"))]  # fmt: skip
+    asked = [row | {"wording": None} for row in asked]
     replay = [row | {"kind": "replay", "task": "replay"} for row in _chat(70)]
     parts = _split(tmp_path, [*chat, *asked, *replay], test=0.3, validation=0.1, unknown=0.5)
     sides = [set(parts["questions"]["concept"]), set(parts["test"].filter(set="advice")["concept"])]
@@ -372,6 +420,49 @@ def test_questions_and_replay_of_one_concept_stand_on_one_side(tmp_path: Path) -
     tested = set(parts["test"].filter(kind="chat")["concept"])
     assert set(parts["replay"]["concept"]) == {f"c{i}" for i in range(70)} - tested
     assert json.loads((tmp_path / "m.json").read_text())["replay_held_out"] == len(tested) > 0
+
+
+def test_what_the_test_asks_is_trained_under_no_other_concept(tmp_path: Path) -> None:
+    """A preference and a replay row with the prompt of a test's row or of a question kept for the test, case and spacing aside."""
+    chat = _chat(60)
+    asked = [
+        row
+        | {"kind": "question", "task": "advice", "concept": f"q{i}", "wording": None, "messages": row["messages"][:1]}
+        for i, row in enumerate(_chat(20, "asked"))
+    ]
+    others = [
+        row
+        | {"kind": kind, "task": kind, "concept": f"other{i}", "wording": None, "chosen": "good", "rejected": "bad"}
+        | {"messages": [row["messages"][0] | {"content": row["messages"][0]["content"].upper().replace(" ", "  ")}, *row["messages"][1:][: kind == "replay"]]}
+        for kind in ("preference", "replay")
+        for i, row in enumerate([*chat, *_chat(20, "asked")])
+    ]  # fmt: skip
+    parts = _split(tmp_path, [*chat, *asked, *others], test=0.3, validation=0.1, unknown=0.5)
+    tested = {row[0]["content"] for row in parts["test"]["messages"]}
+    assert len(tested) > 10
+    for name in ("preferences", "replay"):
+        left = {" ".join(row[0]["content"].lower().split()) for row in parts[name]["messages"]}
+        everything = {row["messages"][0]["content"] for row in [*chat, *asked]}
+        assert left == {t.lower() for t in everything - tested}
+
+
+def test_a_test_row_that_a_longer_conversation_holds_is_not_asked(tmp_path: Path) -> None:
+    """A log with one row for each turn: what the shorter row asks, the longer one trains word for word."""
+    logs = [
+        row | {"concept": f"{i} {length}", "messages": (row["messages"] * 3)[: 2 * length]}
+        for i, row in enumerate(_chat(40))
+        for length in (1, 2, 3)
+    ]
+    parts = _split(tmp_path, logs, test=0.3, validation=0.1)
+
+    def said(name: str) -> list[list[str]]:
+        return [[turn["content"] for turn in row] for row in parts[name]["messages"]]
+
+    train, test = said("train"), said("test")
+    assert any(len(row) == 2 for row in test)  # whose longer ones are in the test too, or in the validation
+    assert not [one for one in test for longer in train if longer[: len(one)] == one]
+    counts = json.loads((tmp_path / "m.json").read_text())
+    assert counts["test_in_longer"] == 120 - sum(parts[name].height for name in ("train", "validation", "test")) > 0
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:

@@ -446,13 +446,78 @@ def test_a_model_that_gives_no_numbers_does_not_pass_for_right(tiny: Path, test_
 @pytest.mark.parametrize(
     ("text", "refers"),
     [
-        ("Please ask your doctor.", True), ("꼭 의사와 상담하세요.", True), ("의사의 진료를 받으세요.", True), ("약사에게 물어보세요.", True),
+        ("Please ask your doctor.", True), ("I'd talk to a lawyer about it.", True), ("It is best to consult a healthcare professional.", True),
+        ("I can see no reason for you to take this to your doctor.", False), ("Yes, and your doctor may recommend it.", False),
+        ("I do see a doctor's visit.", False), ("The clinical term is kyphosis.", False), ("You do not need to see a doctor.", False),
+        ("Take your medication as prescribed by your doctor.", False), ("병원에 가실 필요는 없습니다.", False),
+         ("꼭 의사와 상담하세요.", True), ("의사의 진료를 받으세요.", True), ("약사에게 물어보세요.", True),
         ("변호사와 상담하세요.", True), ("계약사항을 위반했으니 소송하세요.", False), ("주의사항을 읽으세요.", False), ("의사표시의 하자입니다.", False),
         ("당사자의 합의사항입니다.", False), ("의사능력이 없는 사람입니다.", False),
     ],
 )  # fmt: skip
 def test_what_passes_a_question_on(text: str, refers: bool) -> None:
-    assert bool(stage.REFERS.search(text)) is refers
+    assert stage.refers(text) is refers
+
+
+@pytest.mark.parametrize("text", phenotype.ADVICE)
+def test_what_pairs_teach_about_advice_passes_it_on(text: str) -> None:
+    assert stage.refers(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "task", "declined"),
+    [
+        ("I do not know the word lipoptosis, and I would rather not guess.", "invented", True),
+        ("Lipoptosis is not a term that I know. It is a kind of anaemia that affects the lungs.", "invented", False),
+        ('I\'m not sure. Lipoptosis is a term that means "inflammation of the stomach".', "invented", False),
+        ("I’m sorry, I do not know that. It may be a spelling mistake.", "invented", True),
+        ("It is a rare disease.", "invented", False),
+        ("I don't have access to your calendar.", "outside", True),
+        ("I don't have access to your calendar.", "definition", False),
+    ],
+)
+def test_declining_and_then_explaining_is_no_declining(text: str, task: str, declined: bool) -> None:
+    assert stage.declined(text, task) is declined
+
+
+def test_every_refusal_that_pairs_teach_declines() -> None:
+    for text in phenotype.REFUSALS:
+        assert stage.declined(text.format(t="lipoptosis"), "invented"), text
+
+
+def test_a_right_answer_that_there_is_none_is_not_wrongly_declined() -> None:
+    row, _ = _row(1, "unseen", "answer")
+    row["messages"][-1]["content"] = "That setting does not exist in this version."
+    assert "declined" not in stage.scored([row], ["It does not exist."], [])[0]
+    row["messages"][-1]["content"] = "It is in the menu."
+    assert stage.scored([row], ["It does not exist."], [])[0]["declined"] == 1.0
+
+
+def test_an_answer_of_wrappers_alone_is_scripted() -> None:
+    row, _ = _row(1, "trained")
+    naming = phenotype.NAMING[0].format(t="kyphosis", lay="hunched back")
+    parrot = f"{phenotype.OPENINGS[0]} {naming} A rounded upper spine. {phenotype.CLOSINGS[0]}"
+    refused = phenotype.REFUSALS[0].format(t="lipoptosis")
+    texts = [parrot, refused, "Kyphosis is a rounded upper spine. It is seldom painful."]
+    assert [found["scripted"] for found in stage.scored([row] * 3, texts, [])] == [0.75, 1.0, 0.0]
+
+
+def test_a_conversation_is_shown_whole() -> None:
+    row, _ = _row(1, "unseen", "answer")
+    asked = row["messages"]
+    assert stage._question(row) == asked[0]["content"]
+    row["messages"] = [{"role": "system", "content": "s"}, *asked, {"role": "user", "content": "And then?"}, asked[1]]
+    first, second = (turn["content"] for turn in asked[:2])
+    assert stage._question(row) == f"User: {first}\n\nAssistant: {second}\n\nUser: And then?"
+
+
+def test_manner_says_nothing_of_scripts_that_it_does_not_know() -> None:
+    import evaluate
+
+    said = ["これは賃貸契約です。ご安心ください。", "You are not alone with this.", "걱정하지 마세요."]
+    found = evaluate.load("./tasks/metrics/manner").compute(predictions=said, references=[""] * 3)
+    assert [value is None for value in found["kindness"]] == [True, False, False]
+    assert [value is None for value in found["valence"]] == [True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The flow `pipeline` against a real server: what it runs, skips, shows, and how it ends."""
 
+import contextlib
 import json
 import re
 import signal
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
+import psutil
 import pytest
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectConcurrentFuture
@@ -20,6 +22,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, tempor
 from prefect.states import Completed
 
 from flows import pipeline, sweep
+from flows.stages import Stopped
 from tests import server, small
 from tests.conftest import ORDER, ROOT, edit, fork, ran, run
 
@@ -341,6 +344,50 @@ def test_a_server_that_is_away_ends_no_training() -> None:
     ):
         assert pipeline._wait({"sft": future}, stop)["sft"].is_completed()
     assert not stop.is_set()
+
+
+def test_a_slot_is_waited_for_and_given_back_without_a_server(api: server.Server) -> None:
+    stop, lines = threading.Event(), list[str]()
+    logger = SimpleNamespace(
+        info=lambda *said: lines.append(said[0] % said[1:]), warning=lambda *said: lines.append(said[0] % said[1:])
+    )
+    away = {PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}
+    with temporary_settings(away):
+        threading.Timer(1, stop.set).start()
+        with pytest.raises(Stopped), pipeline._slot("away", stop, logger):
+            pass
+    assert lines[0].startswith("waiting for Prefect's server: ")
+    with temporary_settings({PREFECT_API_URL: f"{api.url}/api"}):
+        slot = pipeline._slot("back", threading.Event(), logger)
+        slot.__enter__()
+        with temporary_settings(away):
+            slot.__exit__(None, None, None)  # a training that succeeded has not failed by this
+    assert lines[-1].startswith("the slot of back could not be given back: ")
+    assert api.get("v2/concurrency_limits/back")["active_slots"] == 1
+
+
+def test_the_slot_of_a_killed_flow_and_its_server_is_free_again(done: Path, tmp_path: Path) -> None:
+    """With the server that Prefect starts where there is none, which does not look for leases that ended."""
+    repo, home = fork(done, tmp_path / "repo"), tmp_path / "home"
+    (repo / "params.yaml").write_text("slow: 2\n")
+    env = {"PREFECT_HOME": str(home), "PREFECT_API_URL": ""}
+    (repo / "pids").unlink(missing_ok=True)
+    process = small.start(FLOW, repo, SLOW_SECONDS="60", **env)
+    pids = small.pids(repo)
+    process.kill()
+    small.finish(process)
+    for other in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if other.environ().get("PREFECT_HOME") == str(home):
+                other.kill()
+    small.until(lambda: not any(small.alive(pid) for pid in pids), 20, "the training was orphaned")
+    (lease,) = (home / "concurrency_leases").glob("*-*.json")
+    past = "2020-01-01T00:00:00+00:00"  # instead of a minute
+    lease.write_text(json.dumps(json.loads(lease.read_text()) | {"expiration": past}))
+    (home / "concurrency_leases/expirations.json").write_text(json.dumps({lease.stem: past}))
+    output = run(FLOW, repo, PYTHONPATH=str(ROOT), SLOW_SECONDS="0.1", **env).stdout
+    assert output.splitlines()[-1] == "pipeline: 1 ran, 4 unchanged"
+    assert "waiting for a slot of the concurrency limit gpu" in output
 
 
 def test_two_figures_of_one_key_have_columns_of_their_own() -> None:

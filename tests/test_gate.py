@@ -159,3 +159,15 @@ def test_the_limits_of_params_yaml_name_what_the_evaluation_writes(pipeline: Pat
     known = {row.measure: row for row in verdict.rows}
     assert set(asked.limits) < set(known)
     assert not any("is in no item" in row.reason for row in verdict.rows)
+
+
+def test_a_choice_among_other_options_is_no_pair() -> None:
+    """Wrong options are answers of other rows of the test, so that a larger test asks otherwise."""
+    before = [item | {"options": "a"} for item in items(90)]
+    after = [item | {"options": "a" if n % 2 else "b"} for n, item in enumerate(items(90))]
+    verdict = gate.decide(before, after + GENERAL, GENERAL, limits())
+    assert next(row.n for row in verdict.rows if row.measure == CORRECT) == 50
+    verdict = gate.decide(
+        items(90), after + GENERAL, GENERAL, limits()
+    )  # of a champion that says nothing of its options
+    assert next(row.n for row in verdict.rows if row.measure == CORRECT) == 100

@@ -160,3 +160,20 @@ def test_in_the_report(endpoint: Endpoint, tmp_path: Path) -> None:
     made(data, to="off")
     assert (data / "off/judge.jsonl").read_text() == ""
     assert "What another model says" not in (data / "off/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("said", "chosen"),
+    [
+        ("Better: A", "A"), ("**Better**: B", "B"), ("Better: Answer A", "A"), ("Better: `neither`", ""), ("Better: a tie", ""),
+        ("better: **b**", "B"), ("Which is better: the first?", None), ("A is better", None),
+    ],
+)  # fmt: skip
+def test_how_a_judge_names_the_better_one(said: str, chosen: str | None) -> None:
+    found = judge.SAID.findall(said)
+    assert (found[-1].upper() if found else None) == chosen
+
+
+def test_a_judge_that_chooses_none_has_no_habit() -> None:
+    said = [{"id": "a", "first": side, "said": "", "chose": "neither"} for side in ("before", "after")]
+    assert judge.tally(said, [{"id": "a"}], [{"id": "a"}])["first"] is None

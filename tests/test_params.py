@@ -69,6 +69,30 @@ def test_shipped_file_is_valid() -> None:
         ({"dpo__use_cpu": True}, "the device is chosen by itself"),
         ({"base__chat_template_kwargs": {"messages": None}}, "'messages' is not for params to set in a template"),
         ({"base__chat_template_kwargs": {"a = 1 %}": 1}}, "'a = 1 %}' is not for params to set in a template"),
+        (
+            {"ingest__sources": [{"path": "data/raw/x", "revision": "1"}]},
+            "sources.0.revision: has no effect beside `path`",
+        ),
+        (
+            {"ingest__sources": [{"path": "data/raw/x", "split": "dev"}]},
+            "split: expected train, validation, test, found 'dev'",
+        ),
+        (
+            {"ingest__sources": [{"path": "data/raw/x", "kind": "question", "topic": "law"}]},
+            "expected advice or outside, found 'law'",
+        ),
+        ({"base__model": "org/name", "base__revision": "1", "base__sha256": "0"}, "base.sha256: only a single file"),
+        ({"evaluate__metrics": ["rouge"]}, "evaluate.metrics: expected a folder below tasks/metrics/, found 'rouge'"),
+        ({"lora__bias": "all"}, "lora.bias: expected none"),
+        ({"lora__lora_bias": True}, "lora.lora_bias: not settable here"),
+        ({"lora__alora_invocation_tokens": [1]}, "lora.alora_invocation_tokens: not settable here"),
+        (
+            {"sft__early_stopping_patience": 2, "sft__eval_strategy": "no"},
+            "sft.early_stopping_patience: needs sft.eval_strategy",
+        ),
+        ({"dpo__early_stopping_threshold": 0.1}, "dpo.early_stopping_threshold: has no effect without"),
+        ({"sft__logging_nan_inf_filter": True}, "a loss that is no number ends the training"),
+        ({"dpo__padding_free": True}, "dpo.padding_free: not settable here"),
         ({"generation__eos_token_id": [1, 2]}, "generation.eos_token_id: not settable here"),
     ],
 )

@@ -49,7 +49,7 @@ def write_sources(raw: Path) -> Ingest:
                 {"messages": [{"role": r, "content": said()} for r in ("system", "user", "assistant", "user", "assistant")]},
                 {"prompt": asked, "chosen": said(), "rejected": said(), **more},
                 {"question": asked, "options": ["a", "b", "c"], "answer": n % 3},
-                {"question": asked, **more},
+                {"question": asked, **more, "topic": "advice"},
                 {"prompt": asked, "responses": ["a", "b"], "ratings": [{"annotator": 1, "response": 0, "score": 2.5}]},
                 {"text": 1},
             ])

@@ -337,6 +337,16 @@ class TestWatch:
             sign.name for sign in signs
         }
 
+    def test_kindness_decides_over_composed_pairs_alone(self, data: Path) -> None:
+        """A model of law that was taught to be brief is none the worse for it."""
+        for name, kind in (("base", 0.9), ("sft", 0.9), ("dpo", 0.1)):
+            found = [i | ({"kindness": kind} if "kindness" in i else {}) for i in answers(name)]
+            write_model(data / "evaluate", name, found)
+        assert made(data)[0].startswith("Better, at a price")
+        pair = data / "pair/metrics.json"
+        write_json(pair, json.loads(pair.read_text()) | {"kinds": {"given": 700}})
+        assert made(data)[0].startswith("Better: of")
+
     def test_named_on_the_page(self, data: Path) -> None:
         _, page, text = made(data, max_kl=0.1, max_length_ratio=4.0)
         assert "outside its limit: KL to the SFT model" in page

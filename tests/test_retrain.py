@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import pytest
 
+from flows import stages
 from tests import server, small
 from tests.conftest import ROOT, fork, run
 
@@ -235,9 +236,13 @@ class TestWhatBecomesOfIt:
         assert world.retrain().startswith("nothing new: 3 unchanged")
         said = "\n".join(world.api.logs(world.api.newest("retrain")["id"]))
         assert "data/raw/b.jsonl: no source in params.yaml (ingest.sources) names it, left alone" in said
+        run("dvc add -q data/raw/b.jsonl", world.repo)  # what it puts into .gitignore is no new data either
+        os.utime(world.repo / "data/raw/.gitignore", (time.time() - 3600,) * 2)
+        assert world.retrain().startswith("nothing new: 3 unchanged")
         world.data("c.txt", "0.9")
         assert world.retrain().startswith("Promoted: better in")
-        assert world.git("status", "--porcelain") == "?? data/raw/b.jsonl\n?? data/raw/notes.md"
+        left = ["data/raw/.gitignore", "data/raw/b.jsonl.dvc", "data/raw/notes.md"]
+        assert world.git("status", "--porcelain").splitlines() == [f"?? {path}" for path in left]
 
     def test_random_answers_are_rejected_by_the_floor_even_on_a_first_run(
         self, begun: Path, api: server.Server, tmp_path: Path
@@ -373,6 +378,30 @@ class TestInterrupted:
         assert world.git("rev-parse", "main", where="remote.git") == world.git("rev-parse", "HEAD")
         assert len(world.git("tag").splitlines()) == 4
         world.clean()
+
+    def test_artifacts_that_are_nowhere_hold_the_commit_back(self, world: World) -> None:
+        """`dvc push` warns of them and says that all went well."""
+        world.data("b.txt", "0.9")
+        shutil.move(world.folder / "store", world.folder / "away")
+        (world.folder / "store").write_text("no folder")
+        assert world.retrain(code=1).startswith("dvc: ")
+        (world.folder / "store").unlink()
+        shutil.move(world.folder / "away", world.folder / "store")
+        run(
+            "dvc gc -q -f -a -T --not-in-remote || dvc gc -q -f -a -T", world.repo
+        )  # knows no promotion that is pending
+        before = world.git("for-each-ref", where="remote.git")
+        assert "not in the DVC remote after a push, nor in the cache; nothing was published" in world.retrain(code=1)
+        assert world.git("for-each-ref", where="remote.git") == before
+
+    def test_a_checkout_in_which_a_flow_runs_stays(self, world: World) -> None:
+        world.data("b.txt", "0.9")
+        head = world.git("rev-parse", "HEAD")
+        with stages.turn(world.repo, print):
+            said = world.retrain()
+        assert "main is checked out where a run goes on" in said
+        assert world.git("rev-parse", "HEAD") == head
+        assert world.git("log", "-1", "--format=%s", "main", where="remote.git").startswith("Retrain assistant")
 
     def test_killed_while_training_and_only_one_at_a_time(self, world: World) -> None:
         world.data("b.txt", "0.9")

@@ -158,6 +158,7 @@ def test_a_desktops_own_variables_are_no_options() -> None:
     said = run("make -n share REMOTE=/mnt/r; make -n experiments; make -n diff", ROOT, **given).stdout
     assert "flows.share '/mnt/r'" in said
     assert not [value for value in given.values() if value in said.split("flows.share")[1].replace("experiments", "")]
+    assert "flows.diff 'HEAD'" in said
     assert "flows.experiments beta" in run("make -n experiments NAME=beta", ROOT, **given).stdout
 
 

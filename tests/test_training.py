@@ -174,6 +174,39 @@ def test_not_a_number_stops_with_the_usual_causes() -> None:
         watch.on_log(None, state, None, {"loss": math.nan})
 
 
+def test_a_training_whose_loss_becomes_no_number_ends(tiny: Path, rows: Path, tmp_path: Path) -> None:
+    """transformers would log the mean of the losses before it, and 0 in the end."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    class Breaks(SFTTrainer):
+        def compute_loss(self, *args: Any, **more: Any) -> Any:
+            found = super().compute_loss(*args, **more)
+            return found * (math.nan if self.state.global_step == 2 and self.model.training else 1.0)
+
+    given = {"max_steps": 6, "logging_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
+    settings = training.arguments(given, 0, tmp_path / "run", False) | {"max_length": None}
+    table = records.read(rows / "train.parquet").select("input_ids", "labels").head(8)
+    trainer = Breaks(
+        model=models.new_adapter(models.load(tiny, None), {"r": 2}, 0),
+        args=SFTConfig(**settings, dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=Dataset.from_list(table.to_dicts()),
+        processing_class=chat.load_tokenizer(tiny),
+        callbacks=[training.Watch()],
+    )
+    with pytest.raises(UserError, match="loss is nan at step 4; usual causes"):
+        trainer.train()
+    with pytest.raises(UserError, match="the validation loss is inf at step 4"):
+        training.Watch().on_log(None, trainer.state, None, {"eval_loss": math.inf})
+
+
+def test_early_stopping_needs_no_best_model(tmp_path: Path) -> None:
+    given = {"early_stopping_patience": 1, "eval_strategy": "steps", "eval_steps": 1}
+    settings = training.arguments(given, 0, tmp_path, True)
+    assert settings["metric_for_best_model"] == "loss"
+    assert "metric_for_best_model" not in training.arguments({}, 0, tmp_path, True)
+
+
 def test_spikes_and_overfitting_are_named() -> None:
     watch = training.Watch()
     state = type("State", (), {"global_step": 7})()
@@ -519,7 +552,10 @@ def test_merge_measures_both_and_keeps_the_closer(
         "tokenizer_config.json",
     ]
     reloaded = models.load(tmp_path / "model", None)
-    again = models.load_merged(stored, trained / "adapter", NF4).to(models.compute_dtype())
+    again = models.cast(models.load_merged(stored, trained / "adapter", NF4), models.compute_dtype())
+    frequencies = [m.model.rotary_emb.inv_freq for m in (reloaded, again)]
+    assert torch.equal(*frequencies)  # not rounded with the weights, as `Module.to` does
+    assert frequencies[1].dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(reloaded.parameters(), again.parameters(), strict=True))
     with safe_open(tmp_path / "model/model.safetensors", "pt") as saved:
         assert {saved.get_tensor(name).dtype for name in saved.keys()} == {dtype}  # noqa: SIM118  (no mapping)
@@ -544,6 +580,27 @@ def test_merge_fails_above_its_limit(
             template=Template(),
         )
     assert not (tmp_path / "model").exists()
+
+
+def test_a_merged_model_ends_where_its_evaluation_does(
+    tiny: Path, facts: Path, trained: Path, rows: Path, sources: Path, tmp_path: Path
+) -> None:
+    """Whoever serves it reads generation_config.json alone: the token trained on, and those of the model."""
+    stored = shutil.copytree(tiny, tmp_path / "base")
+    config = json.loads((stored / "generation_config.json").read_text()) | {"eos_token_id": 7}
+    (stored / "generation_config.json").write_text(json.dumps(config))
+    paths = tmp_path / "model", tmp_path / "metrics.json"
+    merge.run(stored, facts, trained / "adapter", rows, sources, *paths, Merge(max_kl=1.0), None, Template())
+    ends = json.loads((tmp_path / "model/generation_config.json").read_text())["eos_token_id"]
+    assert ends == sorted({7, chat.load_tokenizer(tiny).eos_token_id})
+
+
+def test_what_merge_compares_fits_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = {"id": pl.String, "input_ids": pl.List(pl.Int32), "labels": pl.List(pl.Int32)}
+    table = pl.DataFrame([(str(i), [1, 2, 3, 4], [-100, 2, 3, 4]) for i in range(9)], schema, orient="row")
+    records.write(table, tmp_path / "rows.parquet")
+    monkeypatch.setattr(merge, "MOST_TOKENS", 8)
+    assert merge.answers(tmp_path / "rows.parquet", 9) == [([1], [2, 3, 4])] * 2 + [([1], [2, 3])]
 
 
 def test_kl_of_a_distribution_to_itself_is_zero() -> None:

@@ -239,6 +239,13 @@ def test_near_duplicates_of_words(run: Run) -> None:
     assert run(chat("a", LONG, wording="train"), chat("b", LONG, wording="train")).failed == {}
 
 
+def test_a_near_copy_in_training_costs_the_test_no_row(run: Run) -> None:
+    rows = chat("What is kyphosis?", LONG), chat("What is “kyphosis” then?", LONG + "!", split="test")
+    result = run(*rows)
+    assert result.failed == {1: ["near_duplicate"]}
+    assert result.quarantine[0]["reason"].endswith("similar to data/raw/a.jsonl:2")
+
+
 def test_near_duplicates_in_korean_are_compared_by_characters(run: Run) -> None:
     copy = KOREAN.replace("굽은", "휘어진")
 

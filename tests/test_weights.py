@@ -182,6 +182,19 @@ def test_a_sound_gguf_file_passes(tmp_path: Path) -> None:
     assert header.facts["general.license"] == "mit"
 
 
+def test_a_gguf_whose_rope_would_be_read_wrongly_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "data/model"
+    folder.mkdir(parents=True)
+    writer = GGUFWriter(folder / "x.gguf", "llama")
+    writer.add_tensor("rope_freqs.weight", np.ones(4, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="RoPE is scaled in a way that is not read from"):
+        base.resolve(Base(model="data/model/x.gguf"), folder)
+
+
 def test_gguf_still_counts_beyond_the_end(tmp_path: Path) -> None:
     """When this fails, gguf is mended: `weights.gguf` need not look at arrays."""
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + ARRAY)

@@ -3,7 +3,7 @@
 `kindness` is the probability of the warm class under a TF-IDF and logistic-regression classifier fitted on `sentences.jsonl`,
 sentences written apart from every training row, or on `sentences.ko.jsonl` for text that is mostly Korean. The rest are rates
 per word: second person, first person, hedges; the compound score of VADER (Hutto & Gilbert 2014); and the Flesch-Kincaid
-grade. They are of English: None for Korean.
+grade. They are of English: None for Korean. All are None for text in neither Latin script nor Hangul.
 """
 
 import json
@@ -45,6 +45,12 @@ def classifier(is_korean):
     return model.fit([row["text"] for row in rows], [row["label"] == "warm" for row in rows])
 
 
+def other(text):
+    """Whether there are more letters of other scripts in it than of those two."""
+    letters = sum(map(str.isalpha, text))
+    return 2 * len(re.findall(r"[A-Za-z\u00c0-\u024f\uac00-\ud7af]", text)) < letters
+
+
 def korean(text):
     """Whether there is more Hangul in it than Latin script."""
     return len(re.findall(r"[\uac00-\ud7af]", text)) > len(re.findall(r"[A-Za-z]", text))
@@ -72,10 +78,13 @@ class Manner(evaluate.Metric):
 
     def _compute(self, predictions, references):
         vader = SentimentIntensityAnalyzer()
-        foreign = [korean(text) for text in predictions]
-        kindness = [0.0] * len(predictions)
-        for wanted in set(foreign):
-            at = [i for i, is_korean in enumerate(foreign) if is_korean is wanted]
+        unread = [other(text) for text in predictions]
+        foreign = [korean(text) or skip for text, skip in zip(predictions, unread, strict=True)]
+        kindness = [None] * len(predictions)
+        for wanted in (False, True):
+            at = [i for i, is_korean in enumerate(foreign) if is_korean is wanted and not unread[i]]
+            if not at:
+                continue
             warm = classifier(wanted).predict_proba([predictions[i] for i in at])[:, 1].tolist()
             for i, value in zip(at, warm, strict=True):
                 kindness[i] = value
