@@ -32,7 +32,7 @@ $(VENV)/.lock-installed: requirements.lock
 	$(PIP) --no-deps "$$torch" && $(PIP) --no-deps --require-hashes -r requirements.lock && $(PIP) "$$torch"
 	@touch $@
 
-lock: ## resolve pyproject.toml into requirements.lock again
+lock: setup ## resolve pyproject.toml into requirements.lock again
 	$(BIN)/uv pip compile --quiet pyproject.toml -o requirements.lock
 
 run: setup ## run the pipeline to data/report/report.html

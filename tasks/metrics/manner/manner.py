@@ -1,7 +1,8 @@
-"""Kindness and plainness of answers, by features that no training wrapper shares. Per answer.
+"""Kindness and plainness of answers. Per answer.
 
 `kindness` is the probability of the warm class under a TF-IDF and logistic-regression classifier fitted on `sentences.jsonl`,
-sentences written apart from every training row, or on `sentences.ko.jsonl` for text that is mostly Korean. The rest are rates
+sentences written apart from every training row (a kind sentence that an answer has from them counts all the same: `scripted` of
+`evaluate` says how much of it is such), or on `sentences.ko.jsonl` for text that is mostly Korean. The rest are rates
 per word: second person, first person, hedges; the compound score of VADER (Hutto & Gilbert 2014); and the Flesch-Kincaid
 grade. They are of English: None for Korean. All are None for text in neither Latin script nor Hangul.
 """
