@@ -375,18 +375,18 @@ def test_the_slot_of_a_killed_flow_and_its_server_is_free_again(done: Path, tmp_
     process = small.start(FLOW, repo, SLOW_SECONDS="60", **env)
     pids = small.pids(repo)
     process.kill()
-    small.finish(process)
-    for other in psutil.process_iter():
+    for other in psutil.process_iter():  # the server outlives it
         with contextlib.suppress(psutil.Error):
             if other.environ().get("PREFECT_HOME") == str(home):
                 other.kill()
+    small.finish(process)
     small.until(lambda: not any(small.alive(pid) for pid in pids), 20, "the training was orphaned")
     (lease,) = (home / "concurrency_leases").glob("*-*.json")
     past = "2020-01-01T00:00:00+00:00"  # instead of a minute
     lease.write_text(json.dumps(json.loads(lease.read_text()) | {"expiration": past}))
     (home / "concurrency_leases/expirations.json").write_text(json.dumps({lease.stem: past}))
     output = run(FLOW, repo, PYTHONPATH=str(ROOT), SLOW_SECONDS="0.1", **env).stdout
-    assert output.splitlines()[-1] == "pipeline: 1 ran, 4 unchanged"
+    assert "pipeline: 1 ran, 4 unchanged" in output.splitlines()
     assert "waiting for a slot of the concurrency limit gpu" in output
 
 
