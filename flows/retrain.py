@@ -683,7 +683,7 @@ def _move(place: Place, commit: str) -> str | None:
     now = threading.Event()
     now.set()
     try:
-        with stages.turn(checkout, place.log, now):
+        with stages.turn(checkout, lambda _: None, now):  # it does not wait
             stages.drop_dead_holders(checkout)
             if not stages.busy(checkout):
                 return _fast_forward(place, checkout, local, commit)

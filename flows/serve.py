@@ -168,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         except UNREACHABLE as error:  # Prefect's runner gives up after some minutes without a server
             print(f"serve: {' '.join(str(error).split())}; waiting for {PREFECT_API_URL.value()}", file=sys.stderr)
+            time.sleep(10)  # also where the server is there and something else is wrong
             while not _healthy(str(PREFECT_API_URL.value())):
                 time.sleep(10)
 

@@ -114,7 +114,7 @@ def tally(said: Sequence[Mapping[str, Any]], before: Sequence[Item], after: Sequ
     """What came of it; {} if nobody was asked.
 
     `after`, `before`: questions won in both orders; `tied`: the rest; `p` of a binomial test of these wins; `first`: share of
-    the replies that chose which chose the answer read first (0.5 is fair; none: null); `unread`: replies that could not be read;
+    the replies naming one that named the answer read first (0.5 is fair; null: none named one); `unread`: replies that could not be read;
     `agreement`: per built-in score (share of questions where it points to the judge's winner, low, high, n), where both decide.
     """
     if not said:
