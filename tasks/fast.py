@@ -757,6 +757,7 @@ def _install_lora(base: nn.Module, keep_dequantized: bool, undo: list[Callable[[
             fused[child] = _Fused(layer, keep_dequantized, space)
             layer.__dict__["forward"] = fused[child]
             undo.append(partial(layer.__dict__.pop, "forward"))
+            undo.append(partial(vars(fused[child]).update, group=[]))  # it names itself, and would hold its layer
         for names in SHARED_INPUT:
             group = [fused[n] for n in names if n in fused]
             for member in group:

@@ -1,6 +1,10 @@
 """Loading, quantising, adapters, scoring and generating: exact where it can be."""
 
+import copy
+import gc
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     CohereConfig,
     Gemma2Config,
     GenerationConfig,
@@ -125,6 +130,63 @@ def test_unknown_target_is_one_line(tiny: Path) -> None:
         models.new_adapter(models.load(tiny, None), {"target_modules": ["nothing"]}, 0)
 
 
+@pytest.fixture
+def no_gc() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def _quantised(model: torch.nn.Module) -> list[weakref.ref[torch.nn.Module]]:
+    return [
+        weakref.ref(module) for module in model.modules() if type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+    ]
+
+
+def test_bitsandbytes_still_ties_weights_to_their_layers(tiny: Path, no_gc: None) -> None:
+    """When this fails, bitsandbytes is mended: remove `models.free_with_last_reference`."""
+    config = BitsAndBytesConfig(**NF4)
+    model = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=config, device_map={"": models.device()})
+    layers = _quantised(model)
+    del model
+    assert len([layer for layer in layers if layer() is not None]) == 14
+
+
+@pytest.mark.parametrize("quantization", [NF4, {"load_in_8bit": True}])
+def test_quantised_layers_go_with_their_model(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_gc: None, quantization: dict[str, Any]
+) -> None:
+    models.save_adapter(models.new_adapter(models.load(tiny, None), LORA, 0), tmp_path / "adapter")
+    seen: list[weakref.ref[torch.nn.Module]] = []
+    real = models.load
+
+    def load(*given: Any, **named: Any) -> Any:
+        model = real(*given, **named)
+        seen.extend(_quantised(model))
+        return model
+
+    monkeypatch.setattr(models, "load", load)
+    models.load(tiny, quantization)(input_ids=torch.arange(3, 35)[None])
+    assert len(seen) == 14
+    adapted = models.load_adapter(models.load(tiny, quantization), tmp_path / "adapter", trainable=False)
+    models.answer_logprobs(adapted, [([1, 5, 9], [7, 2])], 1)
+    del adapted
+    models.load_merged(tiny, tmp_path / "adapter", quantization)
+    assert len(seen) == 3 * 14
+    assert not [layer for layer in seen if layer() is not None]
+
+
+def test_a_4_bit_model_is_moved_and_saved_without_its_layers_ties(tiny: Path, tmp_path: Path) -> None:
+    model = models.load(tiny, NF4)
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        assert torch.equal(copy.deepcopy(model).to("cpu")(input_ids=ids).logits, wanted)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(models.load(tmp_path, None)(input_ids=ids).logits, wanted)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 @pytest.mark.parametrize("quantization", [NF4, {"load_in_8bit": True}])
 @pytest.mark.parametrize("dropped", [0, models.DROPPED])
@@ -134,7 +196,6 @@ def test_quantised_weights_leave_no_16_bit_copy_in_memory(
     """The file of 16-bit weights is no longer mapped, and what is loaded is what transformers loads."""
     monkeypatch.setattr(models, "DROPPED", dropped)
     from bitsandbytes import functional
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     before = functional.quantize_4bit, functional.int8_vectorwise_quant
     ours = models.load(tiny, quantization)
