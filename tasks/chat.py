@@ -176,9 +176,10 @@ def segments(
 ) -> list[tuple[str, bool]]:
     """(text, is an assistant's answer) in order; the texts joined are the rendered conversation.
 
-    An answer's text ends with the end-of-sequence token, which the template writes or this adds; what the template puts
-    behind it (a newline, say) opens the next segment. Of a template that rewrites earlier turns only the last answer is
-    one; `conversations` has the others.
+    An answer's text ends with the end-of-sequence token if the template writes it; what that puts behind it (a newline, say)
+    opens the next segment. Where turns end otherwise than a text (Gemma's, with `<end_of_turn>`), it is added behind the
+    last answer, and only there: no conversation that is served has it within. Of a template that rewrites earlier turns
+    only the last answer is one; `conversations` has the others.
 
     Raises:
         UserError: the template does not even keep the last prompt.
@@ -186,10 +187,11 @@ def segments(
     full, cuts = _cuts(tokenizer, messages, system, prompt)
     eos = str(tokenizer.eos_token)
     out: list[tuple[str, bool]] = []
-    at = 0
-    for start, stop in cuts.values():
+    at, last = 0, None if prompt else max(cuts, default=None)
+    for index, (start, stop) in cuts.items():
         answer = full[start:stop]
-        out += [(full[at:start], False), (answer if answer.endswith(eos) else answer + eos, True)]
+        end = eos if index == last and not answer.endswith(eos) else ""
+        out += [(full[at:start], False), (answer + end, True)]
         at = stop
     if at < len(full) and (prompt or not cuts):
         out.append((full[at:], False))
@@ -239,7 +241,7 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation, equally long: a label is its token's id within an answer, else -100.
 
-    Every answer's end-of-sequence token is supervised. With `prompt`, ids end where the model is to go on.
+    What ends an answer is supervised. With `prompt`, ids end where the model is to go on.
     """
     ids: list[int] = []
     labels: list[int] = []

@@ -1,12 +1,17 @@
 """Rendering and masks, token by token."""
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks import base, chat
+from tests.conftest import TEMPLATE
 
 TURNS = [
     {"role": "user", "content": "What is a short thumb?"},
@@ -121,7 +126,8 @@ def test_every_answer_is_supervised_once_behind_what_asks_for_it(tokenizer) -> N
         said = []
         for turns in found:
             ids, labels = chat.encode(reader, turns, None)
-            said += reader.decode([label for label in labels if label != chat.IGNORED]).split("<|im_end|>")[:-1]
+            end = "<|im_end|>" if parts == 2 else "<|end|>"
+            said += reader.decode([label for label in labels if label != chat.IGNORED]).split(end)[:-1]
             asked = chat.encode_prompt(reader, turns[: 1 if parts == 1 else -1], None)
             assert ids[: len(asked)] == asked
         assert len(said) == len(answers)
@@ -181,5 +187,31 @@ def test_template_without_end_token_gets_one(tokenizer, monkeypatch: pytest.Monk
         "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}",
     )
     ids, labels = chat.encode(tokenizer, TURNS, None)
-    assert labels.count(tokenizer.eos_token_id) == 2
+    assert labels.count(tokenizer.eos_token_id) == ids.count(tokenizer.eos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
+
+
+def _gemma(tokenizer: Any) -> Any:
+    """Gemma's own template, as trl has it, with its tokens: a turn ends with another token than a text."""
+    reader = copy.deepcopy(tokenizer)
+    reader.add_tokens(["<start_of_turn>", "<end_of_turn>"], special_tokens=True)
+    reader.chat_template = (Path(trl.__file__).parent / "chat_templates/gemma.jinja").read_text()
+    return reader
+
+
+def _other_end(tokenizer: Any) -> Any:
+    reader = copy.deepcopy(tokenizer)
+    reader.chat_template = TEMPLATE.replace("<|im_end|>", "<|endoftext|>")
+    return reader
+
+
+@pytest.mark.parametrize("kind", [_gemma, _other_end, lambda tokenizer: tokenizer])
+def test_a_long_conversation_is_trained_on_as_it_is_served(tokenizer, kind: Callable[[Any], Any]) -> None:
+    reader = kind(tokenizer)
+    served = reader.apply_chat_template(TURNS[:3], add_generation_prompt=True, return_dict=False)
+    assert chat.encode_prompt(reader, TURNS[:3], None) == served
+    ids, labels = chat.encode(reader, TURNS, None)
+    assert ids[: len(served)] == served
+    supervised = [label for label in labels if label != chat.IGNORED]
+    assert supervised[-1] == ids[-1] == reader.eos_token_id
+    assert supervised.count(reader.eos_token_id) == (2 if reader is tokenizer else 1)
