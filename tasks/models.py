@@ -114,10 +114,11 @@ def load(
             trust_remote_code=False,
             **extra,
         )
-    if quantization is not None:  # one tensor that is left in 16 bits, the embeddings, keeps its whole file mapped
-        for parameter in model.parameters():
-            if parameter.dtype.is_floating_point:
-                parameter.data = parameter.data.clone()
+    if quantization is not None:  # a tensor that stays in 16 bits on a CPU, the embeddings, keeps its whole file mapped
+        if device().type == "cpu":
+            for parameter in model.parameters():
+                if parameter.dtype.is_floating_point:
+                    parameter.data = parameter.data.clone()
         _give_back()
     free_with_last_reference(model)
     keep_training_kernels(model)
@@ -356,13 +357,20 @@ def token_logits(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
 def _before_head(model: nn.Module, rows: Sequence[Row]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """What predicts the answers' tokens, one after another, and what makes logits of it.
 
-    The head runs over answer positions only, unless the model does more to its logits than that.
+    The head runs over answer positions only, unless the model does more to its logits than that and takes no mask of them.
     """
     ids = pad([[*prompt, *answer] for prompt, answer in rows], 0)
     mask = pad([[1] * (len(prompt) + len(answer)) for prompt, answer in rows], 0)
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     own = any(getattr(inner.config.get_text_config(), name, None) is not None for name in LOGIT_FIELDS)
     states: Tensor
+    if own and hasattr(sys.modules[type(inner).__module__], "slice_logits_to_keep"):  # transformers 5.23: all but a few
+        kept = torch.zeros_like(mask, dtype=torch.bool)
+        for row, (prompt, answer) in zip(kept, rows, strict=True):
+            row[len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
+        return inner(
+            input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept
+        ).logits, lambda logits: logits
     if own:
         states = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits
     else:

@@ -138,6 +138,23 @@ def no_gc() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.mark.parametrize(("kind", "copied"), [("cpu", True), ("cuda", False)])
+def test_only_what_is_mapped_is_copied(tiny: Path, monkeypatch: pytest.MonkeyPatch, kind: str, copied: bool) -> None:
+    """On a GPU the embeddings would be there twice while they are copied: 1 GiB of an 8B model."""
+    made: list[int] = []
+    real = models.AutoModelForCausalLM.from_pretrained
+
+    def loaded(*given: Any, **named: Any) -> Any:
+        model = real(*given, **named | {"device_map": {"": "cpu"}})
+        made.append(model.get_input_embeddings().weight.data_ptr())
+        monkeypatch.setattr(models, "device", lambda: torch.device(kind))
+        return model
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", loaded)
+    model = models.load(tiny, NF4)
+    assert (model.get_input_embeddings().weight.data_ptr() != made[0]) is copied
+
+
 def _quantised(model: torch.nn.Module) -> list[weakref.ref[torch.nn.Module]]:
     return [
         weakref.ref(module) for module in model.modules() if type(module).__name__ in ("Linear4bit", "Linear8bitLt")
@@ -274,6 +291,31 @@ def test_scores_are_those_of_the_models_own_logits(config: Any) -> None:
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
         assert found == pytest.approx([float(p[token]) for p, token in zip(logits, answer, strict=True)], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**SMALL, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
+        CohereConfig(**SMALL, logit_scale=0.25),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_that_caps_its_logits_makes_those_of_answers_only(config: Any) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows = [([5, 9, 4], [7, 2]), ([8, 4], [3, 3, 2]), ([6] * 40, [5])]
+    seen: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, given, __: seen.append(given[0].numel() // 32))
+    with torch.no_grad():
+        found = models.token_logits(model, rows)
+        ids = models.pad([[*prompt, *answer] for prompt, answer in rows], 0)
+        mask = models.pad([[1] * (len(prompt) + len(answer)) for prompt, answer in rows], 0)
+        every = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    assert seen == [6, 3 * 41]
+    for logits, whole, (prompt, answer) in zip(found, every, rows, strict=True):
+        wanted = whole[len(prompt) - 1 : len(prompt) + len(answer) - 1]  # in one product with others: other last digits
+        torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_may_end_its_turn_otherwise_than_a_text(tiny: Path, tokenizer) -> None:
