@@ -14,12 +14,14 @@ MIB = 1 << 20
 GIB = 1 << 30
 # What `tasks.fast` packs, by the class in facts.json (there by model type).
 PACKABLE = {f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
+NO_LORA: dict[str, Any] = {"target_modules": []}
 SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 # `HEAD_CHUNK` of tasks.fast in elements, and bytes of each: logits in 16 and 32 bits, a difference and a probability
 FAST_HEAD, FAST_HEAD_BYTES = 1 << 23, 14
 # `SCORE_CHUNK` of tasks.fast; bytes of an attention score, with its weight in 16 and 32 bits, in the forward pass
 FAST_SCORES, FAST_SCORES_BYTES = 1 << 25, 12
 FAST_KEPT = 1 << 21  # `KEPT_SCORES` of tasks.fast
+SCORED = 1024  # of tasks.models: tokens whose logits are held at once where rows are not packed
 # trl's tile (tokens, vocabulary); bytes of an element with Triton (the gradient in place), and with torch operations
 # (trl/kernels/chunked_logprob.py, `_backward_tile`)
 TILE, TILE_BYTES, TILE_BYTES_TORCH = (4096, 32768), 2, 31
@@ -40,13 +42,15 @@ Kind = Literal["cpu", "cuda", "mps"]
 
 @dataclass(frozen=True)
 class Device:
-    """What models run on: `total` and `free` bytes of it; `bf16`: products in 16 bits."""
+    """What models run on: `total` and `free` bytes of it; `bf16`: products in 16 bits; `ram`: free bytes of the machine's own
+    memory beside a GPU, None if it is not known."""
 
     kind: Kind
     name: str
     total: int
     free: int
     bf16: bool = True
+    ram: int | None = None
 
     @property
     def width(self) -> int:
@@ -65,10 +69,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Need:
-    """The peak of a stage as a sum of parts; `note` says what the estimate rests on."""
+    """The peak of a stage as a sum of parts; `note` says what the estimate rests on; `aside`: on a GPU, what waits in the
+    machine's own memory."""
 
     parts: tuple[Part, ...]
     note: str = ""
+    aside: tuple[Part, ...] = ()
 
     @property
     def total(self) -> int:
@@ -342,9 +348,15 @@ def largest(facts: dict[str, Any]) -> int:
     return int(max(inner * out for shapes in facts["linear_shapes"].values() for inner, out, _ in shapes))
 
 
-def generating(facts: dict[str, Any], batch: int, length: int) -> list[Part]:
-    """KV cache of `batch` rows of `length` tokens, prompt and answer, and the logits of one position each."""
+def generating(facts: dict[str, Any], device: Device, batch: int, prompt: int, new: int) -> list[Part]:
+    """KV cache of `batch` rows of prompt and answer, one layer of their prompts, and the logits of one position each."""
+    length, tokens, w = prompt + new, batch * prompt, device.width
+    hidden, shape = facts["hidden_size"], facts["attention"]
+    # what is alive at once: a layer's input, its norm in float32, and the MLP or the attention
+    most = max(3 * (facts["intermediate_size"] or 4 * hidden), 4 * shape["heads"] * shape["head_dim"])
+    layer = (w * hidden + 4 * hidden + w * most) * tokens
     return [
+        Part(f"one layer of {tokens:,} tokens of prompts", layer),
         Part(f"KV cache, {batch} × {length} tokens", facts["kv_cache_bytes_per_token"] * batch * length),
         Part("logits", 6 * batch * facts["vocabulary"]),
     ]
@@ -358,7 +370,7 @@ def scoring(
     tokens = batch.tokens if packed else batch.padded
     layer = kept_per_token(facts, lora, device, batch.longest, packed, packed) * tokens / facts["layers"]
     held = HELD if device.kind == "cpu" else 1.0
-    every = 10 * rows * answer * facts["vocabulary"]  # `models.token_logits`, in 16 and 32 bits, and their log-softmax
+    every = 10 * min(rows * answer, SCORED) * facts["vocabulary"]  # in 16 and 32 bits, and their log-softmax
     head = head_bytes(facts, device, rows * answer, True) if packed else every
     return [
         Part(f"one layer of {tokens:,} tokens{', with holes' * (held > 1)}", int(held * layer)),

@@ -57,9 +57,15 @@ DEFAULTS: dict[str, Any] = {
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 TRAINING = ("sft", "dpo")
 CGROUP = Path("/sys/fs/cgroup")
-PAIR_BATCH, PAIR_TOKENS = 32, 64  # of the answers in tasks/pair.py
-KL_ROWS = 8  # pairs whose answers `dpo` compares at once over the whole vocabulary
-KL_ANSWERS, KL_BATCH = 64, 8  # that evaluate compares with what other models would say, and how many at once
+# of the stages, which load torch; tests/test_plan.py holds them against the modules
+PAIR_BATCH, PAIR_TOKENS = 32, 64  # answers in tasks/pair.py at once, and their tokens
+DPO_BATCH = 8  # pairs whose answers `dpo` compares at once over the whole vocabulary
+KL_ROWS, KL_TOKENS, KL_BATCH = (
+    64,
+    4096,
+    8,
+)  # that `evaluate` compares with other models: rows, their tokens, rows at once
+MERGE_BATCH, MERGE_TOKENS = 8, 4096  # rows that `merge` compares at once, and the tokens of all of them
 
 
 @dataclass(frozen=True)
@@ -308,7 +314,7 @@ def this_device() -> Device:
         if done.returncode == 0 and rows and len(rows[0]) == 3:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
             row = rows[int(visible)] if visible.isdigit() and int(visible) < len(rows) else rows[0]
-            return Device("cuda", row[0], int(row[1]) * memory.MIB, int(row[2]) * memory.MIB)
+            return Device("cuda", row[0], int(row[1]) * memory.MIB, int(row[2]) * memory.MIB, ram=_ram()[1])
     total, free = _ram()
     if sys.platform == "darwin":
         return Device("mps", "Apple GPU, unified memory", total, free)
@@ -388,7 +394,8 @@ def _with_memory(
         before = every | {r.name: r.before for r in each.reasons if r.kind == "parameter" and r.name in params.LIBRARY}
         last = need(before)
         changes |= {"measured": event["peak_bytes"], "estimated": last.total if last else None}
-    if not changes["fits"]:
+    changes["fits"] = changes["fits"] and not _crowded(found, device)
+    if found.least > device.free:
         remedies, hopeless = propose(name, every, need, device.free, rows)
         changes |= {"remedies": remedies, "hopeless": hopeless}
     return Line(**{**_fields(line), **changes})
@@ -396,6 +403,11 @@ def _with_memory(
 
 def _fields(line: Line) -> dict[str, Any]:
     return {name: getattr(line, name) for name in line.__dataclass_fields__}
+
+
+def _crowded(need: Need, device: Device) -> bool:
+    """What waits beside the GPU finds no place in the machine's own memory."""
+    return device.ram is not None and _bytes(need.aside) > device.ram
 
 
 class Rows:
@@ -481,7 +493,7 @@ def estimate(name: str, every: dict[str, Any], facts: dict[str, Any], device: De
         else:
             batch, note, _ = rows.dpo("train", size, limit, given)
             evaluated, _, answer = rows.dpo("validation", validated, limit, given)
-            kl = min(KL_ROWS, validated) * answer if validates else 0
+            kl = min(DPO_BATCH, validated) * answer if validates else 0
             evaluated = evaluated if validates else None
             need = memory.training(facts, given, lora, quantization, device, batch, evaluated, copies=1, kl=kl)
         return Need(need.parts, f"batches of {size} {note}")
@@ -497,31 +509,45 @@ def estimate(name: str, every: dict[str, Any], facts: dict[str, Any], device: De
     if name == "pair":
         if every["pair"].mode != "compose":
             return None
-        return _largest(device, merging, [merged, *memory.generating(facts, PAIR_BATCH, longest + PAIR_TOKENS)])
+        return _largest(device, merging, [merged, *memory.generating(facts, device, PAIR_BATCH, longest, PAIR_TOKENS)])
     if name == "merge":
-        logits = 4 * every["merge"].prompts * longest // 2 * facts["vocabulary"]
+        tokens = min(every["merge"].prompts * longest // 2, MERGE_TOKENS)
+        aside = [Part("log-probabilities of the held-out rows", 4 * tokens * facts["vocabulary"])]
+        logits = Part("logits of a batch of them", 10 * min(MERGE_BATCH * longest, tokens) * facts["vocabulary"])
+        if device.kind == "cuda":  # these wait in the machine's own memory
+            kept = [Part("the closer merged model, 16 bits", 2 * facts["parameters"])]
+            return _largest(device, merging, [merged, logits], aside=[*kept, *aside])
         kept = [Part("the other merged model, 16 bits", 2 * facts["parameters"])] if quantization else []
-        aside = [Part("distributions of the held-out rows", 3 * logits)]
-        if device.kind != "cpu":  # these wait in the machine's own memory
-            kept, aside = [], []
-        return _largest(device, [*merging, *kept, *aside], [merged, *kept, *aside])
+        return _largest(device, [*merging, *kept, *aside], [merged, *kept, *aside, logits])
     if name == "evaluate":
         size, new = every["evaluate"].batch_size, every["evaluate"].max_new_tokens
-        answers = memory.generating(facts, size, longest + new)
+        answers = memory.generating(facts, device, size, longest, new)
+        options = rows.sft("train", size, limit, DEFAULTS)[0]
+        scores = memory.scoring(facts, memory.NO_LORA, device, options, options.longest, size)
         if instance == "base":
-            return Need((*memory.loaded(facts, None, device), *answers))
-        spoken = (new + 1) * facts["vocabulary"]
-        # what this model says waits in the machine's own memory for what others would say
-        ours = [Part("log-probabilities of the answers", 4 * KL_ANSWERS * spoken)] if device.kind == "cpu" else []
-        theirs = Part("logits of a batch of answers", 10 * min(size, KL_BATCH) * spoken)
-        adapted = [*merging, *ours] if instance == "dpo" else merging  # there the reference is an adapter
-        return _largest(device, adapted, [merged, *answers], [merged, *ours, theirs])
+            own = max(answers, scores, key=_bytes)
+            return Need((*memory.loaded(facts, None, device), *own))
+        # what this model says of general text and of its own answers waits for what others would say
+        tokens = [min(KL_ROWS * each, KL_TOKENS) for each in (longest, new + 1)]
+        ours = Part("log-probabilities of texts and answers", 4 * sum(tokens) * facts["vocabulary"])
+        at_once = min(min(size, KL_BATCH) * max(longest, new + 1), KL_TOKENS) * facts["vocabulary"]
+        theirs = Part("logits of a batch of them", 10 * at_once)
+        apart = device.kind == "cuda"  # in the machine's own memory
+        held = [] if apart else [ours]
+        adapted = [*merging, *held] if instance == "dpo" else merging  # there the reference is an adapter
+        aside = [ours, Part("those of another model, a batch", 4 * at_once)] if apart else []
+        phases = [merged, *answers], [merged, *scores], [merged, *held, theirs]
+        return _largest(device, adapted, *phases, aside=aside)
     return None
 
 
-def _largest(device: Device, *phases: list[Part]) -> Need:
+def _largest(device: Device, *phases: list[Part], aside: Sequence[Part] = ()) -> Need:
     """What follows on each other within a stage: the largest."""
-    return Need((*memory.process(device), *max(phases, key=lambda parts: sum(part.bytes for part in parts))))
+    return Need((*memory.process(device), *max(phases, key=_bytes)), aside=tuple(aside))
+
+
+def _bytes(parts: Sequence[Part]) -> int:
+    return sum(part.bytes for part in parts)
 
 
 def propose(
@@ -685,8 +711,15 @@ def _memory_text(plan: Plan, width: int) -> list[str]:
             out.append(
                 f"check: the last {line.name} peaked at {size(line.measured)}, its estimate is {size(line.estimated)} ({off:+.0%})"
             )
+    for line in needy:
+        if line.need is not None and line.need.aside:
+            parts = ", ".join(f"{part.name} {size(part.bytes)}" for part in line.need.aside)
+            out += textwrap.wrap(f"{line.name}, in the machine's own memory: {parts}", width, subsequent_indent="  ")
     for line in plan.running:
-        if line.fits is False and line.need is not None:
+        if line.need is not None and _crowded(line.need, device):
+            kept = f"it keeps {size(_bytes(line.need.aside))} in the machine's own memory"
+            out += ["", f"{line.name} won't fit: {kept}, where {size(device.ram or 0)} are free"]
+        if line.fits is False and line.need is not None and line.need.least > device.free:
             out += ["", f"{line.name} won't fit: it needs {size(line.need.least)}, {size(device.free)} are free"]
             if line.hopeless:
                 out.append(
@@ -754,7 +787,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device = Device(given.device, f"a {given.device} device", device.total, device.free)
         if given.memory:
             bytes_ = int(given.memory * GIB)
-            device = Device(device.kind, device.name, bytes_, bytes_, device.bf16)
+            device = Device(device.kind, device.name, bytes_, bytes_, device.bf16, device.ram)
         plan = make(Path.cwd(), given.targets or None, remote=given.remote, device=device)
     except UserError as error:
         print(f"plan: {error}", file=sys.stderr)

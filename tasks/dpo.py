@@ -20,6 +20,7 @@ from tasks.params import UserError
 
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
 COLLAPSE = 30.0  # nats: chosen answers this much less likely than under the reference are a collapse
+KL_BATCH = 8  # pairs whose answers are compared at once over the whole vocabulary
 TOLERANCE = 0.05  # nats per token between the reference's and the policy's log p at step 0; bf16 noise stays below
 
 
@@ -100,7 +101,7 @@ class CachedReferenceTrainer(DPOTrainer):
         total, tokens, was = 0.0, 0, self.model.training
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.eval()
-        size = min(8, self.args.per_device_eval_batch_size)
+        size = min(KL_BATCH, self.args.per_device_eval_batch_size)
         for group in models.batches([len(p) + len(a) for p, a in asked], size):
             part = [asked[i] for i in group]
             with self.accelerator.autocast():

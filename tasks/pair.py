@@ -21,6 +21,7 @@ from tasks import chat, models, phenotype, stage
 from tasks import records as recs
 from tasks.params import Pair, Template, UserError
 
+BATCH, NEW_TOKENS = 32, 64  # of the SFT model's answers: how many at once, and how long
 SCHEMA = pa.DataFrameSchema(
     {
         "id": pa.Column(pl.String, unique=True),
@@ -280,7 +281,7 @@ def _answers(
     models.seed_everything(seed)
     prompts = [chat.encode_prompt(tokenizer, row["messages"], template.system) for row in rows]
     return models.generate(
-        model, tokenizer, prompts, generation, max_new_tokens=64, batch_size=32, progress="SFT answers"
+        model, tokenizer, prompts, generation, max_new_tokens=NEW_TOKENS, batch_size=BATCH, progress="SFT answers"
     )
 
 

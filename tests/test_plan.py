@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -366,6 +367,26 @@ def test_defaults_are_those_of_the_classes() -> None:
                 assert real[key] == value, key
 
 
+def test_constants_are_those_of_the_stages() -> None:
+    """The plan loads no torch, so it can't ask them itself."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    from tasks import dpo, fast, merge, models, pair
+
+    assert {CLASSES[kind] for kind in fast.PACKABLE} == memory.PACKABLE
+    assert (fast.HEAD_CHUNK, fast.SCORE_CHUNK) == (memory.FAST_HEAD, memory.FAST_SCORES)
+    assert (fast.KEPT_SCORES, models.SCORED) == (memory.FAST_KEPT, memory.SCORED)
+    assert (pair.BATCH, pair.NEW_TOKENS) == (plan.PAIR_BATCH, plan.PAIR_TOKENS)
+    assert dpo.KL_BATCH == plan.DPO_BATCH
+    assert (merge.BATCH, merge.MOST_TOKENS) == (plan.MERGE_BATCH, plan.MERGE_TOKENS)
+
+
+def test_what_evaluate_compares_is_what_the_plan_counts() -> None:
+    from tasks import evaluate
+
+    assert (evaluate.KL_ROWS, evaluate.KL_TOKENS, evaluate.KL_BATCH) == (plan.KL_ROWS, plan.KL_TOKENS, plan.KL_BATCH)
+
+
 def test_optimizers() -> None:
     def of(name: str) -> int:
         return memory.optimizer_bytes(name, 1000)
@@ -467,9 +488,9 @@ class TestWontFit:
             "sft": 7,
             "dpo": 7,
             "reference": 6,
-            "pair": 19,
+            "pair": 22,
             "merge": 19,
-            "evaluate@base": 16,
+            "evaluate@base": 18,
             "evaluate@sft": 19,
             "evaluate@dpo": 19,
         }
@@ -477,6 +498,37 @@ class TestWontFit:
             need = plan.estimate(name, every, big(), device, plan.Rows(tmp_path))
             assert need is not None
             assert round(need.total / GIB) == gigabytes, name
+
+    def test_what_a_stage_compares_is_bounded(self, tmp_path: Path) -> None:
+        """`merge` and `evaluate` compare so many tokens and no more, however long rows and answers may be."""
+        every = params.load(ROOT / "params.yaml")
+        long = every | {
+            "template": params.Template(max_length=2048),
+            "evaluate": every["evaluate"].model_copy(update={"max_new_tokens": 512, "batch_size": 1}),
+        }
+        facts = big() | {"vocabulary": 151_936}
+        table = 4 * 4096 * facts["vocabulary"]  # 2.3 GiB
+        for device in (ROOMY, Device("cuda", "test", 1 << 50, 1 << 50)):
+            for name, tables in (("merge", 1), ("evaluate@sft", 2), ("evaluate@dpo", 2)):
+                need = plan.estimate(name, long, facts, device, plan.Rows(tmp_path))
+                assert need is not None
+                parts = need.parts if device.kind == "cpu" else need.aside
+                (held,) = (part.bytes for part in parts if part.name.startswith("log-probabilities of"))
+                assert held == tables * table
+
+    @pytest.mark.parametrize(("ram", "fits"), [(None, True), (64 * GIB, True), (8 * GIB, False)])
+    def test_what_waits_beside_a_gpu_needs_a_place(self, tmp_path: Path, ram: int | None, fits: bool) -> None:
+        device, every = Device("cuda", "test", 1 << 50, 1 << 50, ram=ram), params.load(ROOT / "params.yaml")
+        lines = []
+        for name in ("sft", "merge", "evaluate@dpo"):
+            bare = plan.Line(name, "run", (), None, "")
+            each: Any = SimpleNamespace(name=name, reasons=())
+            lines.append(plan._with_memory(bare, each, None, tmp_path, every, big(), device))
+        assert [line.fits for line in lines] == [True, fits, True]
+        text = " ".join(plan.text(plan.Plan(tuple(lines), device)).split())
+        assert "evaluate@dpo, in the machine's own memory: log-probabilities of texts and answers" in text
+        assert ("merge won't fit: it keeps" in text) is not fits
+        assert "make it" not in text  # no parameter helps there
 
     def test_every_stage_with_a_model_has_an_estimate(self, tmp_path: Path) -> None:
         every = params.load(ROOT / "params.yaml")
