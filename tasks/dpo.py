@@ -19,7 +19,7 @@ from tasks import chat, models, stage, training
 from tasks.params import UserError
 
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
-COLLAPSE = 30.0  # nats: chosen answers this much less likely than under the reference are a collapse
+COLLAPSE = 1.0  # nats per token: chosen answers this much less likely than under the reference are a collapse
 KL_BATCH = 8  # pairs whose answers are compared at once over the whole vocabulary
 TOLERANCE = 0.05  # nats per token between the reference's and the policy's log p at step 0; bf16 noise stays below
 
@@ -49,7 +49,7 @@ def run(
     models.seed_everything(seed)
     model = models.load_adapter(models.load(base, quantization, models.attention(longest)), adapter, trainable=True)
     as_trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    watch = Watch()
+    watch = Watch(sum(map(len, parts["train"]["chosen_ids"])) / max(1, len(parts["train"])))
     trainer = CachedReferenceTrainer(
         model=model,
         args=config,
@@ -132,7 +132,9 @@ def check_reference(trainer: CachedReferenceTrainer) -> None:
             trainer.model.eval(), [(row["prompt_ids"], row["chosen_ids"]) for row in rows], 8
         )
     trainer.model.train()
-    off = max(abs(sum(s) - row["ref_chosen_logps"]) / len(s) for s, row in zip(scores, rows, strict=True))
+    # of all rows together: noise of 16 bits in an answer of two tokens may be more than the tolerance
+    apart = sum(abs(sum(s) - row["ref_chosen_logps"]) for s, row in zip(scores, rows, strict=True))
+    off = apart / sum(map(len, scores))
     if off > TOLERANCE:
         raise UserError(
             f"the reference log-probabilities are not those of this policy: {off:.3f} nats per token apart before the first step; was the reference computed with another adapter or base?"
@@ -140,10 +142,15 @@ def check_reference(trainer: CachedReferenceTrainer) -> None:
 
 
 class Watch(training.Watch):
-    """Also: chosen log-probabilities collapsing, and a margin that stands still."""
+    """Also: chosen log-probabilities collapsing, and a margin that stands still.
 
-    def __init__(self) -> None:
+    Args:
+        length: mean tokens of a chosen answer.
+    """
+
+    def __init__(self, length: float) -> None:
         super().__init__()
+        self.length = length
         self.last: dict[str, float] = {}
         self.low = 0
 
@@ -163,11 +170,11 @@ class Watch(training.Watch):
         if "eval_kl_to_reference" in logs:
             self.last["kl_to_reference"] = logs["eval_kl_to_reference"]
         if "rewards/chosen" in logs:
-            ratio = logs["rewards/chosen"] / getattr(args, "beta", 1.0)
+            ratio = logs["rewards/chosen"] / getattr(args, "beta", 1.0) / self.length
             self.low = self.low + 1 if ratio < -COLLAPSE else 0
             if self.low >= 2:
                 raise UserError(
-                    f"chosen log-probabilities collapse: {-ratio:.0f} nats below the reference at step {state.global_step}; lower dpo.learning_rate, raise dpo.beta, or add the sft loss (loss_type: [sigmoid, sft])"
+                    f"chosen log-probabilities collapse: {-ratio:.1f} nats per token below the reference at step {state.global_step}; lower dpo.learning_rate, raise dpo.beta, or add the sft loss (loss_type: [sigmoid, sft])"
                 )
             if state.global_step == 1 and logs.get("loss") == 0:
                 raise UserError(

@@ -1,5 +1,6 @@
 """sft, reference, dpo and merge on the tiny model: the exact quantities, not "runs"."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import inspect
@@ -9,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -498,12 +500,29 @@ def test_a_foreign_reference_is_refused(tiny: Path, facts: Path, rows: Path, sco
 
 
 def test_collapse_of_chosen_logprobs_stops() -> None:
-    watch = dpo.Watch()
+    """40 nats are a collapse of an answer of 30 tokens, and a drift of one of 300."""
     state = type("State", (), {"global_step": 50})()
     args = type("Args", (), {"beta": 0.1})()
-    watch.on_log(args, state, None, {"rewards/chosen": -4.0})
-    with pytest.raises(UserError, match="chosen log-probabilities collapse: 40 nats below"):
-        watch.on_log(args, state, None, {"rewards/chosen": -4.0})
+    short, long = dpo.Watch(30.0), dpo.Watch(300.0)
+    for _ in range(3):
+        long.on_log(args, state, None, {"rewards/chosen": -4.0})
+    short.on_log(args, state, None, {"rewards/chosen": -4.0})
+    with pytest.raises(UserError, match=r"chosen log-probabilities collapse: 1\.3 nats per token below"):
+        short.on_log(args, state, None, {"rewards/chosen": -4.0})
+
+
+@pytest.mark.parametrize(("off", "refused"), [(0.3, False), (3.0, True)])
+def test_the_reference_is_checked_over_all_tokens(monkeypatch: pytest.MonkeyPatch, off: float, refused: bool) -> None:
+    """Noise in an answer of two tokens is none of the policy; an offset in all of them is."""
+    lengths = [2, 20, 20, 20]
+    rows = [{"prompt_ids": [1], "chosen_ids": [2] * n, "ref_chosen_logps": -1.0 * n - off} for n in lengths]
+    model = SimpleNamespace(eval=lambda: None, train=lambda: None)
+    trainer: Any = SimpleNamespace(
+        train_dataset=rows, model=model, accelerator=SimpleNamespace(autocast=contextlib.nullcontext)
+    )
+    monkeypatch.setattr(models, "answer_logprobs", lambda *_: [[-1.0] * n for n in lengths])
+    with pytest.raises(UserError, match=r"0\.194 nats per token apart") if refused else contextlib.nullcontext():
+        dpo.check_reference(trainer)
 
 
 @pytest.fixture(scope="module")
