@@ -11,6 +11,7 @@ prompt of a training row is therefore, token for token, what inference sends. Se
 
 import argparse
 import contextlib
+import gc
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -295,12 +296,12 @@ def _talk(model: Any, tokenizer: Any, messages: list[Message], system: str | Non
     return str(tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)).strip()
 
 
-def _load(folder: Path, quantization: dict[str, Any] | None) -> tuple[Any, Any]:
-    """A model of the pipeline, or an adapter on its base as it was trained on it, with the tokenizer."""
-    import torch
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def _is_adapter(folder: Path) -> bool:
+    """Whether an adapter is there, else a model.
 
+    Raises:
+        UserError: neither is, or its weights are not what their header says.
+    """
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: no model there; run `dvc repro` or `dvc pull` first")
     adapter = (folder / "adapter_config.json").is_file()
@@ -309,13 +310,26 @@ def _load(folder: Path, quantization: dict[str, Any] | None) -> tuple[Any, Any]:
         raise UserError(f"{folder}: no weights as safetensors; pickled ones (.bin, .pt) are never loaded")
     for file in files:
         weights.safetensors(file)
+    return adapter
+
+
+def _load(folder: Path, quantization: dict[str, Any] | None) -> tuple[Any, Any]:
+    """A model of the pipeline, or an adapter on its base as it was trained on it, with the tokenizer."""
+    adapter = _is_adapter(folder)
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = torch.bfloat16 if fast else torch.float16
     else:
         dtype = torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    # not `auto`, which leaves what a GPU has no room for on the CPU or the disk, and bitsandbytes refuses that
+    place = {"": torch.device("cuda" if torch.cuda.is_available() else mps)}
     where = {
-        "local_files_only": True, "trust_remote_code": False, "use_safetensors": True, "dtype": dtype, "device_map": "auto",
+        "local_files_only": True, "trust_remote_code": False, "use_safetensors": True, "dtype": dtype, "device_map": place,
     }  # fmt: skip
     if not adapter:
         return AutoModelForCausalLM.from_pretrained(str(folder), **where).eval(), load_tokenizer(folder)
@@ -341,14 +355,36 @@ def main(argv: list[str] | None = None) -> None:
         metavar="MODEL",
         help="answer with this one too; may be repeated",
     )
-    parser.add_argument("--ask", help="one question; without it, a conversation (an empty line ends it)")
+    parser.add_argument(
+        "--ask", help="one question, to one model after the other; without it, a conversation (an empty line ends it)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128)
     arguments = parser.parse_args(argv)
     settings = params.load()
     system = settings["template"].system
-    loaded = [(path, *_load(path, settings["quantization"])) for path in [arguments.model, *arguments.compare]]
+    folders, quantization = [arguments.model, *arguments.compare], settings["quantization"]
+    for path in folders:
+        _is_adapter(path)
+    if arguments.ask:  # one model at a time, as large as the memory
+        for path in folders:
+            if len(folders) > 1:
+                print(f"--- {path}", flush=True)
+            _talk(
+                *_load(path, quantization),
+                [{"role": "user", "content": arguments.ask}],
+                system,
+                arguments.max_new_tokens,
+            )
+            gc.collect()  # bitsandbytes ties weights and layers to each other
+        return
+    try:
+        loaded = [(path, *_load(path, quantization)) for path in folders]
+    except RuntimeError as error:  # torch's OutOfMemoryError, or an allocation on a CPU
+        if len(folders) < 2 or "memory" not in str(error):
+            raise
+        raise UserError("not all of these models fit into memory; with --ask they answer one after the other") from None
     histories: list[list[Message]] = [[] for _ in loaded]
-    while question := arguments.ask or input("> ").strip():
+    while question := input("> ").strip():
         for (path, model, tokenizer), history in zip(loaded, histories, strict=True):
             if len(loaded) > 1:
                 print(f"--- {path}")
@@ -356,8 +392,6 @@ def main(argv: list[str] | None = None) -> None:
             history.append(
                 {"role": "assistant", "content": _talk(model, tokenizer, history, system, arguments.max_new_tokens)}
             )
-        if arguments.ask:
-            break
 
 
 if __name__ == "__main__":

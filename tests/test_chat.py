@@ -1,17 +1,22 @@
 """Rendering and masks, token by token."""
 
 import copy
+import json
+import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import base, chat
-from tests.conftest import TEMPLATE
+from tasks import base, chat, models
+from tasks.params import UserError
+from tests.conftest import LORA, ROOT, TEMPLATE
 
 TURNS = [
     {"role": "user", "content": "What is a short thumb?"},
@@ -215,3 +220,37 @@ def test_a_long_conversation_is_trained_on_as_it_is_served(tokenizer, kind: Call
     supervised = [label for label in labels if label != chat.IGNORED]
     assert supervised[-1] == ids[-1] == reader.eos_token_id
     assert supervised.count(reader.eos_token_id) == (2 if reader is tokenizer else 1)
+
+
+def test_a_question_is_put_to_one_model_after_the_other(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three models of which one fits are compared; in a conversation all of them must fit, which the error says."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    there: list[weakref.ref[Any]] = []
+    real = chat._load
+
+    def load(folder: Path, quantization: dict[str, Any] | None) -> tuple[Any, Any]:
+        if any(model() is not None for model in there):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        model, reader = real(folder, quantization)
+        there.append(weakref.ref(model))
+        return model, reader
+
+    monkeypatch.setattr(chat, "_load", load)
+    adapter = tmp_path / "adapter"
+    models.save_adapter(models.new_adapter(models.load(tiny, None), LORA, 0), adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(tiny)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    compared = [str(tiny), "--compare", str(adapter), "--compare", str(tiny), "--max-new-tokens", "2"]
+    chat.main([*compared, "--ask", "thumb"])
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("--- ")] == [
+        f"--- {folder}" for folder in (tiny, adapter, tiny)
+    ]
+    assert len(there) == 3
+    with pytest.raises(UserError, match="with --ask they answer one after the other"):
+        chat.main(compared)
+    with pytest.raises(UserError, match="no model there"):
+        chat.main([str(tiny), "--compare", "nothing", "--ask", "thumb"])
+    assert not capsys.readouterr().out
