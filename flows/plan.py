@@ -57,6 +57,11 @@ DEFAULTS: dict[str, Any] = {
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 TRAINING = ("sft", "dpo")
 CGROUP = Path("/sys/fs/cgroup")
+DRIVERS = {
+    "11": 450,
+    "12": 525,
+    "13": 580,
+}  # the first driver for a CUDA, by NVIDIA's table of minor version compatibility
 # of the stages, which load torch; tests/test_plan.py holds them against the modules
 PAIR_BATCH, PAIR_TOKENS = 32, 64  # answers in tasks/pair.py at once, and their tokens
 DPO_BATCH = 8  # pairs whose answers `dpo` compares at once over the whole vocabulary
@@ -306,33 +311,42 @@ def _when(each: Planned, state: State, event: Mapping[str, Any] | None) -> str:
 
 
 def this_device() -> Device:
-    """What torch would take, found without it: a GPU that its build knows, else this machine's memory."""
-    if _torch_cuda() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and shutil.which("nvidia-smi"):
-        asked = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    """What torch would take, found without it: a GPU that its build and the driver know, else this machine's memory."""
+    cuda, why = _torch_cuda(), ""
+    if cuda and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and shutil.which("nvidia-smi"):
+        asked = [
+            "nvidia-smi",
+            "--query-gpu=name,memory.total,memory.free,driver_version",
+            "--format=csv,noheader,nounits",
+        ]
         done = subprocess.run(asked, capture_output=True, text=True)  # noqa: S603
         rows = [[cell.strip() for cell in row] for row in csv.reader(done.stdout.splitlines())]
-        if done.returncode == 0 and rows and len(rows[0]) == 3:
+        if done.returncode == 0 and rows and len(rows[0]) == 4:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
             row = rows[int(visible)] if visible.isdigit() and int(visible) < len(rows) else rows[0]
-            return Device("cuda", row[0], int(row[1]) * memory.MIB, int(row[2]) * memory.MIB, ram=_ram()[1])
+            driver = row[3].partition(".")[0]
+            if not driver.isdigit() or int(driver) >= DRIVERS.get(cuda.partition(".")[0], 0):
+                return Device("cuda", row[0], int(row[1]) * memory.MIB, int(row[2]) * memory.MIB, ram=_ram()[1])
+            why = f"; the driver {row[3]} of {row[0]} is too old for torch's CUDA {cuda}"
     total, free = _ram()
     if sys.platform == "darwin":
         return Device("mps", "Apple GPU, unified memory", total, free)
     flags = Path("/proc/cpuinfo")
     bf16 = flags.is_file() and "avx512_bf16" in flags.read_text()
-    return Device("cpu", f"CPU, {os.cpu_count()} cores", total, free, bf16)
+    return Device("cpu", f"CPU, {os.cpu_count()} cores{why}", total, free, bf16)
 
 
-def _torch_cuda() -> bool:
-    """The installed torch was built for CUDA: `cuda` in torch/version.py."""
+def _torch_cuda() -> str | None:
+    """The CUDA that the installed torch was built for: `cuda` in torch/version.py."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        return False
+        return None
     tree = ast.parse((Path(spec.origin).parent / "version.py").read_text())
-    return any(
-        isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "cuda" and isinstance(node.value, ast.Constant)
-        and node.value.value is not None
-        for node in tree.body
+    return next(
+        (str(node.value.value) for node in tree.body
+         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "cuda" and isinstance(node.value, ast.Constant)
+         and node.value.value is not None),
+        None,
     )  # fmt: skip
 
 

@@ -2,9 +2,13 @@
 
 import contextlib
 import ctypes
+import functools
 import json
 import mmap
+import os
 import random
+import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +56,24 @@ def device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+@functools.cache
+def no_gpu() -> str:
+    """What to say where a GPU is there and this torch does not find it, once a process; else nothing."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    if torch.version.cuda is None or hidden or torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return ""
+    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    done = subprocess.run(asked, capture_output=True, text=True)  # noqa: S603
+    if done.returncode or not done.stdout.strip():
+        return ""
+    said = (
+        f"warning: computing on the CPU: {done.stdout.splitlines()[0]} is here, but torch {torch.__version__} (CUDA "
+        f"{torch.version.cuda}) does not find it; is the driver too old for it? CUDA_VISIBLE_DEVICES= says that the CPU is meant"
+    )
+    print(said, flush=True)
+    return said
+
+
 def compute_dtype() -> torch.dtype:
     """bfloat16 where the hardware multiplies it natively, else float16 on a GPU and float32 on a CPU."""
     kind = device().type
@@ -95,6 +117,7 @@ def load(
     Raises:
         UserError: a file of weights is truncated, or missing.
     """
+    no_gpu()
     dtype = dtype or compute_dtype()
     extra: dict[str, Any] = {}
     if quantization is not None:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import os
 import sys
 import weakref
 from collections.abc import Iterator
@@ -514,6 +515,29 @@ def test_device_and_precision_follow_the_hardware(monkeypatch: pytest.MonkeyPatc
     assert models.device().type == "cuda"
     assert models.compute_dtype() == torch.float16
     assert models.attention(100) is None
+
+
+@pytest.mark.parametrize(("cuda", "visible", "works", "said"), [
+    ("13.0", None, True, True), ("13.0", "", True, False), ("13.0", "-1", True, False), ("13.0", None, False, False),
+    (None, None, True, False),
+])  # fmt: skip
+def test_a_gpu_that_torch_does_not_find_is_said_once(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    cuda: str | None, visible: str | None, works: bool, said: bool,
+) -> None:  # fmt: skip
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho 'NVIDIA L4, 535.54.03'; exit {int(not works)}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    models.no_gpu.cache_clear()
+    for _ in range(2):
+        models.load(tiny, None)
+    models.no_gpu.cache_clear()
+    assert capsys.readouterr().out.count("warning: computing on the CPU: NVIDIA L4, 535.54.03 is here") == said
 
 
 def test_a_model_that_has_no_sdpa_is_loaded_with_what_it_has(tiny: Path, tmp_path: Path) -> None:

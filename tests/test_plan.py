@@ -569,6 +569,29 @@ def test_files_that_were_read_are_no_used_memory(
     assert plan._ram() == (1000000, 800000)
 
 
+@pytest.mark.parametrize(("driver", "cuda", "kind"), [
+    ("580.65.06", "13.0", "cuda"), ("535.54.03", "13.0", "cpu"), ("535.54.03", "12.8", "cuda"), ("535.54.03", None, "cpu"),
+])  # fmt: skip
+def test_a_gpu_is_planned_for_where_the_driver_knows_torchs_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str, cuda: str | None, kind: str
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho 'NVIDIA L4, 23034, 22000, {driver}'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(plan, "_torch_cuda", lambda: cuda)
+    device = plan.this_device()
+    assert device.kind == kind
+    if kind == "cuda":
+        assert (device.name, device.free) == ("NVIDIA L4", 22000 * memory.MIB)
+        assert device.ram is not None
+    else:
+        assert ("the driver 535.54.03 of NVIDIA L4 is too old for torch's CUDA 13.0" in device.name) is (
+            cuda is not None
+        )
+
+
 def test_an_edited_file_is_named_in_its_own_letters(tmp_path: Path) -> None:
     repo = tmp_path / "repo"
     (repo / "data/raw").mkdir(parents=True)
