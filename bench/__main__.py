@@ -21,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]  # of dvc
+
 from bench import data, growth, memory, noop, peers, training
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +39,7 @@ ABOUT = {
 }
 LIMITS = ROOT / "bench" / PAGE.name.replace("benchmarks", "limits")  # what stands in the way of bars, by hand
 ONCE = ("growth", "memory", "stages", "data")  # long, so one process of each
+BUSY = "; beside other work"  # of the machine, when a part began
 AFTER_DPO = ("dpo", "merge", "evaluate@dpo", "report")
 LARGEST = """\
 Start is imports and params, load is models, tokenizers and tables. The largest, and what was done about them: `sft` and `dpo`
@@ -74,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     KEPT.mkdir(parents=True, exist_ok=True)
     for part in given.parts or parts:
         repeated = "once" if part in ONCE else f"rounds {rounds}, steps {steps}"
-        kept = {"found": parts[part](), "machine": f"{machine()}; {repeated}"}
+        busy = BUSY if psutil.cpu_percent(1.0) > 20 else ""
+        kept = {"found": parts[part](), "machine": f"{machine()}{busy}; {repeated}"}
         (KEPT / f"{part}.json").write_text(json.dumps(kept, indent=2) + "\n")
     found = {
         part: json.loads((KEPT / f"{part}.json").read_text()) for part in parts if (KEPT / f"{part}.json").is_file()
@@ -125,6 +129,7 @@ def stages() -> dict[str, dict[str, float]]:
 
 def page(found: dict[str, Any], machines: dict[str, list[str]]) -> str:
     """All that was measured, as Markdown: first the bars, then each part. `machines`: what which parts were measured on."""
+    disturbed = any(BUSY in name and {"stages", "data"} & set(parts) for name, parts in machines.items())
     lines = [
         "# Benchmarks", "",
         "Made by `make bench`; ratios of one run on one machine. `bench/` says what each part does; each system runs in a",
@@ -132,7 +137,7 @@ def page(found: dict[str, Any], machines: dict[str, list[str]]) -> str:
         "losses are comparable within one precision and one order of rows: grouping by length begins with other rows.", "",
         *ABOUT[training.BF16], "",
         *(f"- {', '.join(parts)}: {name}" for name, parts in machines.items()), "",
-        "| work | bar | found | | the products alone |", "| --- | --- | --- | --- | --- |", *bars(found, any("beside" in name for name in machines)), "",
+        "| work | bar | found | verdict | the products alone |", "| --- | --- | --- | --- | --- |", *bars(found, disturbed), "",
         "The products alone are the matrix products of a step and nothing else, of the tokens that are left where what rows",
         "begin with is computed once (`products` below): what no training on these cores can pass.", "", *LIMITS.read_text().splitlines(), "",
     ]  # fmt: skip

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench.training import BASE, BATCH, BF16, DTYPE, LORA, RANK, TCMALLOC, WARM, rows
+from bench.training import BASE, BATCH, BF16, DTYPE, LORA, RANK, WARM, preload_tcmalloc, rows
 
 LLAMA_FACTORY = "llamafactory==0.9.5"
 LITGPT = "litgpt==0.5.13"
@@ -267,7 +267,7 @@ def _clocked(
 
 
 def _run(command: list[str], folder: Path, *, tcmalloc: bool) -> str:
-    preload = {"LD_PRELOAD": str(TCMALLOC)} if tcmalloc and TCMALLOC.is_file() else {}
+    preload = preload_tcmalloc() if tcmalloc else {}
     quiet = {
         "HF_HUB_OFFLINE": "1", "DISABLE_VERSION_CHECK": "1", "PYTHONPATH": "", "DO_NOT_TRACK": "1", "AXOLOTL_DO_NOT_TRACK": "1",
     }  # fmt: skip
@@ -305,6 +305,7 @@ def measure_dpo(home: Path, rounds: int, steps: int) -> Found:
 
 
 def _medians(home: Path, rounds: int, peers: dict[str, Callable[[], float]]) -> Found:
+    preload_tcmalloc()
     home.mkdir(parents=True, exist_ok=True)
     found: Found = {}
     for name, run in peers.items():

@@ -19,12 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "data/base/model"
-TCMALLOC = Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
+TCMALLOC = find_library("tcmalloc_minimal")  # by name: the loader knows where it is
 RANK = 8
 LORA = {"r": RANK, "lora_alpha": 16, "target_modules": "all-linear"}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -418,14 +419,31 @@ def _options(settings: dict[str, Any], steps: int) -> dict[str, Any]:
 # --- all of them, in turn --------------------------------------------------------------------------------------------
 
 
+def preload_tcmalloc() -> dict[str, str]:
+    """The environment that preloads it.
+
+    Raises:
+        SystemExit: it is not here; its row would be that of another allocator.
+    """
+    if TCMALLOC is None:
+        raise SystemExit("bench: libtcmalloc_minimal is not here: `apt-get install libtcmalloc-minimal4`")
+    return {"LD_PRELOAD": TCMALLOC}
+
+
 def measure(what: str, rounds: int, steps: int) -> dict[str, dict[str, float]]:
-    """System → medians of `rate`, `peak` and `loss` over the rounds."""
+    """System → medians of `rate`, `peak` and `loss` over the rounds.
+
+    Raises:
+        SystemExit: a system fails, or is measured with tcmalloc, which is not here.
+    """
+    if any(settings.get("tcmalloc") for settings in SYSTEMS[what].values()):
+        preload_tcmalloc()
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in SYSTEMS[what]}
     for _ in range(rounds):
         for name, settings in SYSTEMS[what].items():
             environment = dict(os.environ)
-            if settings.get("tcmalloc") and TCMALLOC.is_file():
-                environment["LD_PRELOAD"] = str(TCMALLOC)
+            if settings.get("tcmalloc"):
+                environment |= preload_tcmalloc()
             given = json.dumps({"what": what, "settings": settings, "steps": steps})
             done = subprocess.run(  # noqa: S603
                 [sys.executable, "-m", "bench.training", given], cwd=ROOT, env=environment,

@@ -185,7 +185,7 @@ class AlreadyTrained(Exception):
 
 
 class Checkpoints(TrainerCallback):
-    """Makes a resumed training the same as an uninterrupted one, to the byte, and a half-written checkpoint no checkpoint.
+    """Makes a resumed training the same as an uninterrupted one, on a CPU to the byte, and a half-written checkpoint no checkpoint.
 
     transformers 5.23 writes trainer_state.json last, but neither at once nor to disk, and does not keep what these need: the
     order of the rows (drawn from the random state at the epoch's start), the mean of what was not logged yet, the patience

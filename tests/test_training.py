@@ -7,6 +7,8 @@ import inspect
 import json
 import math
 import os
+import re
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerState
@@ -23,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from tasks import base as base_stage
 from tasks import chat, dpo, merge, models, records, reference, sft, training
 from tasks.params import Merge, Reference, Template, UserError
-from tests.conftest import LORA, NF4
+from tests.conftest import LORA, NF4, ROOT
 
 SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-2,
@@ -491,6 +494,17 @@ def test_the_order_of_a_checkpoints_files_is_that_of_transformers_5_23() -> None
     order = ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state", "save_to_json", "rotate_checkpoints"]
     assert sorted(order, key=source.index) == order
     assert "fsync" not in inspect.getsource(TrainerState.save_to_json)
+
+
+def test_the_profile_looks_for_functions_that_are_there() -> None:
+    """What `bench` counts as loading and saving: a name that is gone counts as work."""
+    parts = runpy.run_path(str(ROOT / "bench/profile/sitecustomize.py"))["PARTS"]
+    sources = [*(ROOT / "tasks").glob("*.py"), *Path(transformers.__file__).parent.glob("*.py")]
+    sources += Path(transformers.__file__).parent.glob("models/auto/*.py")
+    for file, function in {place for places in parts.values() for place in places}:
+        if not file.startswith("<"):
+            found = "".join(path.read_text() for path in sources if path.name == file)
+            assert re.search(rf"^\s*def {function}\(", found, re.MULTILINE), (file, function)
 
 
 def test_a_foreign_reference_is_refused(tiny: Path, facts: Path, rows: Path, scored: Path, tmp_path: Path) -> None:

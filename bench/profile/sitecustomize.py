@@ -19,11 +19,12 @@ PARTS = {
     "start": {("<frozen importlib._bootstrap>", "_find_and_load"), ("params.py", "load")},
     "load": {
         ("models.py", "load"), ("models.py", "load_adapter"), ("models.py", "new_adapter"), ("models.py", "load_merged"),
-        ("base.py", "_convert"), ("chat.py", "load_tokenizer"), ("records.py", "read"),
+        ("auto_factory.py", "from_pretrained"), ("tokenization_auto.py", "from_pretrained"),  # which `base` calls itself
+        ("chat.py", "load_tokenizer"), ("records.py", "read"),
     },
     "save": {
         ("models.py", "save_adapter"), ("modeling_utils.py", "save_pretrained"), ("training.py", "on_save"),
-        ("trainer.py", "_save_checkpoint"), ("records.py", "write"), ("records.py", "write_jsonl"), ("weights.py", "save"),
+        ("trainer.py", "_save_checkpoint"), ("records.py", "write"), ("records.py", "write_jsonl"),
     },
 }  # fmt: skip
 INSIDE = {place: part for part, places in PARTS.items() for place in places}
