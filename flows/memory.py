@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from tasks import weights
+
 MIB = 1 << 20
 GIB = 1 << 30
 # What `tasks.fast` packs, by the class in facts.json (there by model type).
@@ -129,10 +131,7 @@ def weight_bytes(facts: dict[str, Any], quantization: dict[str, Any] | None, wid
 
 
 def linear_bytes(facts: dict[str, Any], quantization: dict[str, Any] | None, width: int = 2) -> int:
-    """4 bits: half a byte and a 32-bit scale for 64 weights, a 16-entry code for each tensor; double quantisation (Dettmers
-    et al. 2023, arXiv:2305.14314, section 3) makes that an 8-bit scale, with a 32-bit one per 256 and its own code of 256
-    and an offset. 8 bits: a byte, and a 32-bit scale for each row.
-    """
+    """4 bits: `weights.nf4_bytes`. 8 bits: a byte, and a 32-bit scale for each row."""
     total = 0
     for shapes in facts["linear_shapes"].values():
         for inner, out, count in shapes:
@@ -142,10 +141,7 @@ def linear_bytes(facts: dict[str, Any], quantization: dict[str, Any] | None, wid
             elif quantization.get("load_in_8bit"):
                 each = n + 4 * out
             else:
-                blocks = math.ceil(n / 64)
-                double = quantization.get("bnb_4bit_use_double_quant", False)
-                scales = blocks + 4 * math.ceil(blocks / 256) + 4 * 256 + 4 if double else 4 * blocks
-                each = math.ceil(n / 2) + scales + 4 * 16
+                each = weights.nf4_bytes(n, quantization.get("bnb_4bit_use_double_quant", False))
             total += each * count
     return total
 
@@ -182,8 +178,8 @@ def kept_per_token(
     if packed:
         attention = w * (query + 2 * key)
     elif device.kind == "cpu" and longest <= 512:  # `models.attention`: eager, keys and values repeated for each head
-        weights = 4 if w == 4 else w + 4  # softmax in float32, and a copy where that is not the model's
-        attention = w * 3 * query + weights * shape["heads"] * longest
+        score = 4 if w == 4 else w + 4  # softmax in float32, and a copy where that is not the model's
+        attention = w * 3 * query + score * shape["heads"] * longest
     else:
         attention = w * 4 * query
     inputs: dict[str, int] = {}

@@ -273,12 +273,7 @@ def describe(model: PreTrainedModel, tokenizer: Any, name: str, license_: str) -
     quantizable = sum(m.weight.numel() for m in linear.values())
     rest = total - quantizable
     norms = sorted({type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower()})
-    # NF4: 4 bits a weight and a scale per 64; double quantisation (Dettmers et al. 2023, arXiv:2305.14314, section 3)
-    # keeps that scale in 8 bits with a 32-bit one per 256 scales, and a 16-entry code and an offset per tensor.
-    nf4 = sum(
-        (m.weight.numel() + 1) // 2 + (blocks := -(-m.weight.numel() // 64)) + 4 * -(-blocks // 256) + 4 * 16 + 4
-        for m in linear.values()
-    )
+    nf4 = sum(weights.nf4_bytes(m.weight.numel()) for m in linear.values())
     return {
         "model": name,
         "license": license_,

@@ -35,6 +35,17 @@ class Header(NamedTuple):
     facts: dict[str, Any]  # GGUF's numbers and texts
 
 
+def nf4_bytes(count: int, double: bool = True) -> int:
+    """Of a tensor of `count` weights as bitsandbytes keeps it: 4 bits each, a 32-bit scale for 64 and a 16-entry code.
+
+    Double quantisation (Dettmers et al. 2023, arXiv:2305.14314, section 3) makes that an 8-bit scale, with a 32-bit one for
+    256 scales, their own code of 256 and an offset.
+    """
+    blocks = math.ceil(count / 64)
+    scales = blocks + 4 * math.ceil(blocks / 256) + 4 * 256 + 4 if double else 4 * blocks
+    return math.ceil(count / 2) + scales + 4 * 16
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder whose model is not wholly in its safetensors files, or is not what its headers and config say.
 
