@@ -142,7 +142,7 @@ def decide(
 def _row(
     key: str, limit: Limit, champion_items: Sequence[Item] | None, challenger_items: Sequence[Item], params: Gate
 ) -> Row:
-    """One limit. A score that is no finite number counts as missing with the champion, and against the challenger."""
+    """One limit. A score that is missing or no finite number counts against the challenger, and as missing with the champion."""
     less = limit.ceiling is not None
     asked = (
         [] if champion_items is None else [f"{'≤' if less else '≥'} champion {'+' if less else '−'} {limit.margin:g}"]
@@ -168,6 +168,8 @@ def _row(
         known = sorted({_key(item, m) for item in challenger_items for m, v in item.items() if _is_score(v)})
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         return row(False, "is in no item of the challenger" + (f", did you mean `{close[0]}`?" if close else ""))
+    if gone := _unscored(theirs, ours, key, by_id[1]):
+        return row(False, gone)
     # crossed whatever the champion has, hence before any comparison
     if limit.floor is not None and mean < limit.floor - ROUNDING:
         return row(False, f"is {mean:.3f}, below its floor {limit.floor:g}")
@@ -209,6 +211,8 @@ def _general(base_items: Sequence[Item], challenger_items: Sequence[Item], param
         difference, low, high = _interval([ours[i] - base[i] for i in common], params)
     if broken:
         ok, reason = False, f"is no finite number in {_items(broken)} of the challenger"
+    elif gone := _unscored(base, ours, GENERAL, {str(item["id"]): item for item in challenger_items}, "the base"):
+        ok, reason = False, gone
     elif difference is None or len(common) < FEWEST:
         ok, reason = False, f"has {len(common)} items in common with the base, fewer than {FEWEST}"
     else:
@@ -245,6 +249,26 @@ def _scores(items: Sequence[Item], key: str) -> tuple[dict[str, float], list[str
     return scores, broken
 
 
+def _unscored(
+    theirs: Mapping[str, float],
+    ours: Mapping[str, float],
+    key: str,
+    answered: Mapping[str, Item],
+    other: str = "the champion",
+) -> str:
+    """What is wrong if the challenger answered items in such a way that they have no score where the other side has one.
+
+    Left out, they would be excused: kindness says nothing of an answer in a script that it does not know. `consistency` is of
+    a sample of the test, the first items by id: an item that is not among them was not asked.
+    """
+    measure = key.split(".")[2]
+    both = [i for i in sorted(theirs) if i in answered and (measure != "consistency" or "reworded" in answered[i])]
+    gone = [i for i in both if i not in ours]
+    if not gone:
+        return ""
+    return f"has no score in {len(gone)} of {_items(both, gone)} of the challenger in which {other} has one"
+
+
 def _is_score(value: object) -> bool:
     return isinstance(value, (int, float))
 
@@ -257,9 +281,10 @@ def _mean(scores: Mapping[str, float]) -> float | None:
     return math.fsum(scores.values()) / len(scores) if scores else None
 
 
-def _items(ids: Sequence[str]) -> str:
-    """A few of them by name."""
-    shown = ", ".join(ids[:3]) + (", …" if len(ids) > 3 else "")
+def _items(ids: Sequence[str], named: Sequence[str] | None = None) -> str:
+    """Their number, and a few of them (or of `named`) by name."""
+    named = ids if named is None else named
+    shown = ", ".join(named[:3]) + (", …" if len(named) > 3 else "")
     return f"{len(ids)} item{'s' if len(ids) != 1 else ''} ({shown})"
 
 

@@ -117,6 +117,31 @@ def test_a_score_that_is_no_number_counts_against_the_challenger_alone(broken: o
     assert gate.decide(bad, items(90) + GENERAL, GENERAL, limits()).promoted
 
 
+def test_an_item_that_was_answered_without_a_score_counts_against_the_challenger_alone() -> None:
+    """An answer in another script has no kindness; left out, a model of such answers would pass."""
+    key = "trained.definition.kindness"
+    kind = items(90, measure="kindness") + GENERAL
+    mute = [
+        {k: v for k, v in i.items() if k != "kindness" or n >= 40} for n, i in enumerate(items(90, measure="kindness"))
+    ]
+    verdict = gate.decide(kind, mute + GENERAL, GENERAL, limits(key, floor=0.5))
+    assert not verdict.promoted
+    said = "has no score in 40 of 100 items (trained-000, trained-001, trained-002, …) of the challenger in which the champion has one"
+    assert said in verdict.sentence
+    assert gate.decide(mute + GENERAL, kind, GENERAL, limits(key)).promoted
+    assert gate.decide(kind, kind[40:], GENERAL, limits(key)).promoted  # items that one side does not have at all
+    general = [{k: v for k, v in i.items() if k != "correct" or n} for n, i in enumerate(GENERAL)]
+    verdict = gate.decide(kind, kind[:100] + general, GENERAL, limits(key))
+    assert "(against the base) has no score in 1 of 100 items (general-000)" in verdict.sentence
+    # consistency is of a sample, which moves with the rows of the test
+    asked = limits("trained.definition.consistency")
+    before, after = (
+        [i | {"consistency": 1.0, "reworded": []} if n in chosen else i for n, i in enumerate(items(90))]
+        for chosen in (range(50), range(10, 60))
+    )
+    assert gate.decide(before + GENERAL, after + GENERAL, GENERAL, asked).promoted
+
+
 def test_a_measure_that_nobody_has_is_rejected_with_the_nearest() -> None:
     verdict = gate.decide(items(90) + GENERAL, items(90) + GENERAL, GENERAL, limits("trained.definition.corect"))
     assert not verdict.promoted
