@@ -30,6 +30,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import State
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException
@@ -239,8 +240,9 @@ def _slot(name: str, stop: threading.Event, logger: Any) -> Iterator[None]:
         except TimeoutError:
             wait(f"waiting for a slot of the concurrency limit {name}")
             _free_expired()
-        except UNREACHABLE as error:
-            wait(f"waiting for Prefect's server: {' '.join(str(error).split())[:200]}")
+        except (*UNREACHABLE, ConcurrencySlotAcquisitionError) as error:  # the last has what failed as its cause
+            why = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
+            wait(f"waiting for Prefect's server: {' '.join(why.split())[:200]}")
             stop.wait(5)
     try:
         yield

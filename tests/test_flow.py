@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import psutil
 import pytest
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectConcurrentFuture
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
@@ -364,6 +365,18 @@ def test_a_slot_is_waited_for_and_given_back_without_a_server(api: server.Server
             slot.__exit__(None, None, None)  # a training that succeeded has not failed by this
     assert lines[-1].startswith("the slot of back could not be given back: ")
     assert api.get("v2/concurrency_limits/back")["active_slots"] == 1
+
+
+def test_a_server_that_goes_away_in_the_moment_of_the_slot_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect then raises an exception of another kind, which failed the stage."""
+    monkeypatch.setattr(SyncPrefectClient, "read_global_concurrency_limit_by_name", lambda *_: None)
+    stop, lines = threading.Event(), list[str]()
+    logger = SimpleNamespace(info=lambda *said: lines.append(said[0] % said[1:]))
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
+        threading.Timer(2, stop.set).start()
+        with pytest.raises(Stopped), pipeline._slot("gone", stop, logger):
+            pass
+    assert lines[0].startswith("waiting for Prefect's server: Unable to acquire concurrency slots on ['gone']: ")
 
 
 def test_the_slot_of_a_killed_flow_and_its_server_is_free_again(done: Path, tmp_path: Path) -> None:
