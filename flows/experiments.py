@@ -413,9 +413,8 @@ def _list(repo: Path, experiments: Mapping[str, Experiment], arms: Mapping[str, 
 
 
 def _warn(repo: Path, workers: int) -> None:
-    edited = worktrees.command(["git", "status", "--porcelain", "--", "params.yaml", "dvc.yaml", "tasks"], repo)
-    if edited:
-        print(f"note: points run HEAD, not your edits to {', '.join(line[2:].strip() for line in edited.splitlines())}")
+    if edited := worktrees.edited(repo):
+        print(f"note: points run HEAD, not your edits to {edited}")
     if workers > 1 and "OMP_NUM_THREADS" not in os.environ:
         print(f"note: each of {workers} workers takes all cores; set OMP_NUM_THREADS")
 

@@ -81,6 +81,8 @@ def sweep(parameters: SweepParameters = SweepParameters()) -> Any:  # noqa: B008
     repo = Path.cwd()
     try:
         points = expand(repo, parameters)
+        if edited := worktrees.edited(repo):
+            logger.warning("points run HEAD, not your edits to %s", edited)
     except UserError as error:
         return Failed(message=str(error))
     rows, failed = [], []

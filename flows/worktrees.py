@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ PATHS = (
     "url", "gdrive_user_credentials_file", "gdrive_service_account_json_file_path", "credentialpath", "configpath",
     "keyfile", "cert_path", "key_path",
 )  # fmt: skip
+
+
+# no hooks: `dvc install` leaves one that `git worktree add` runs, and DVC does not yet work there
+GIT = ("git", "-c", f"core.hooksPath={os.devnull}")
 
 
 def settings(repo: Path) -> Any:
@@ -66,9 +70,9 @@ def worktree(repo: Path, folder: Path, values: Mapping[str, Any]) -> Iterator[Pa
     command(["git", "worktree", "prune"], repo)
     if not (folder / ".git").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        command(["git", "worktree", "add", "--detach", str(folder), head], repo)
+        command([*GIT, "worktree", "add", "--detach", str(folder), head], repo)
     elif command(["git", "rev-parse", "HEAD"], folder) != head:
-        command(["git", "checkout", "--force", "--detach", head], folder)
+        command([*GIT, "checkout", "--force", "--detach", head], folder)
         for event in folder.glob("data/*/event*.json"):  # of runs that dvc.lock no longer speaks of
             event.unlink()
     cache = command([sys.executable, "-m", "dvc", "cache", "dir"], repo)
@@ -111,6 +115,14 @@ def write_config(local: Any, tree: Path) -> None:
 def config(path: Path) -> Any:
     """A DVC config file, as far as it is there; quoted as DVC does, for a path may hold `#` or a comma."""
     return ConfigObj(str(path), interpolation=False, encoding="utf-8")
+
+
+def edited(repo: Path, more: Sequence[str] = ("data/raw",)) -> str:
+    """What differs from HEAD of the files that a run reads, by name; a worktree of HEAD does not have it."""
+    paths = ["params.yaml", "dvc.yaml", "tasks", *more]
+    lines = command(["git", "-c", "core.quotePath=false", "status", "--porcelain", "--", *paths], repo).splitlines()
+    names = [line.strip().partition(" ")[2].strip() for line in lines]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def command(words: list[str], cwd: Path) -> str:

@@ -251,6 +251,20 @@ class TestRun:
         assert "Stage 'sft' is cached" in output
 
 
+def test_hooks_of_dvc_install_and_edits_that_points_do_not_have(tmp_path: Path) -> None:
+    """The hook checks out in the new worktree, before that has its cache, and failed; an edit was left out without a word."""
+    repo = small.ran(tmp_path / "repo")
+    run("dvc install", repo)
+    assert worktrees.edited(repo) == ""
+    with worktrees.worktree(repo, repo / ".dvc/tmp/points/a", {"slow": 2}) as folder:
+        assert (folder / "dvc.lock").is_file()
+    (repo / "params.yaml").write_text("slow: 3\n")
+    (repo / "data/raw").mkdir(parents=True)
+    (repo / "data/raw/법.txt").touch()
+    assert worktrees.edited(repo) == "params.yaml, data/raw/"
+    assert worktrees.edited(repo, []) == "params.yaml"
+
+
 def test_a_relative_remote_is_the_same_place_from_a_worktree(tmp_path: Path) -> None:
     repo = small.make(tmp_path / "repo")
     run("dvc remote add -q -d store ../store && dvc remote modify -q --local store verify true && git add -A", repo)
