@@ -50,6 +50,8 @@ SECRET = re.compile(r"secret|password|token|access_key|account_key|sas|connectio
 GIT_TRANSIENT = re.compile(
     r"Could not resolve host|Failed to connect|Connection (?:refused|reset|timed out)|early EOF|RPC failed"
 )
+# a remote that does not let this account push there: GitHub, GitLab, Gitea, Bitbucket, or a hook
+REFUSED = re.compile(r"protected branch|hook declined|push declined|rule violations", re.IGNORECASE)
 # git's own words, no question that nobody answers, and no hooks: those are for people at work
 GIT = (
     "env", "LC_ALL=C", "GIT_TERMINAL_PROMPT=0", "git", "-c", f"core.hooksPath={os.devnull}", "-c", "core.quotePath=false",
@@ -152,6 +154,7 @@ def retrain(params: RetrainParameters = DEFAULTS) -> Any:
 
 def _run(place: Place) -> State[Any]:
     _check_identity(place.main)
+    _note_edits(place)
     tip, published = _tip(place)
     tip, finished = _finish_interrupted(place, tip, published)
     if finished and published:
@@ -262,6 +265,22 @@ def _check_identity(main: Path) -> None:
                 raise UserError(
                     f"git knows no user.{name}: set it (git config user.{name} …), promotions are committed with it"
                 )
+    if _git(main, "config", "--type=bool", "commit.gpgsign", check=False) == "true":
+        try:
+            _git(main, "commit-tree", "-S", "-m", "whether it can be signed", _git(main, "mktree"))
+        except UserError as error:
+            raise UserError(
+                "commit.gpgsign is on, and git can't sign here, as promotions would have to be: give this account a key that "
+                f"asks nobody, or switch it off in this clone (git config commit.gpgsign false); {error}"
+            ) from None
+
+
+def _note_edits(place: Place) -> None:
+    """Say what of the checkout this run does not have."""
+    if _git(place.main, "symbolic-ref", "--quiet", "--short", "HEAD", check=False) == place.branch:
+        edited = worktrees.edited(place.main, [] if place.params.refresh else [RAW])
+        if edited:
+            place.log(f"note: this run has what {place.branch} has, not your edits to {edited}")
 
 
 @contextlib.contextmanager
@@ -582,11 +601,14 @@ def _publish(place: Place, commit: str, published: str | None, shared: str | Non
     """
     if shared and place.params.push:
         _network(place, ["dvc", "--wait-for-lock", "push", "--run-cache"])
-        _check_pushed(place)
+        _check_pushed(place, commit)
     if place.remote:
         tags = _tag(place, commit)
         if not published or not _contains(place.main, published, commit):
             _push(place, commit, tags, published)
+        else:  # somebody merged it: its tags may still be here alone
+            refs = [f"refs/tags/{tag}" for tag in tags]
+            _network(place, [*GIT, "push", "--quiet", "--no-verify", "--atomic", place.remote, *refs])
         kept = _move(place, commit)
         if kept:
             place.log(f"pushed, but {place.branch} stays behind here: {kept}")
@@ -601,18 +623,30 @@ def _publish(place: Place, commit: str, published: str | None, shared: str | Non
     return f"{version} is {STAGE} on {place.branch} ({commit[:10]}){where}" + (f"; here: {kept}" if kept else "") + "."
 
 
-def _check_pushed(place: Place) -> None:
+def _check_pushed(place: Place, commit: str) -> None:
     """`dvc push` only warns of what is neither here nor there, after a `dvc gc` say.
 
     Raises:
-        UserError: some of it is not in the remote.
+        UserError: some of it is not in the remote; if it is nowhere, the promotion is dropped, or it would be in the way of
+            every later run.
     """
-    said = _network(place, ["dvc", "--wait-for-lock", "status", "--cloud", "--json"]).splitlines()
-    found: dict[str, str] = json.loads(next((line for line in reversed(said) if line.startswith("{")), "{}"))
-    lost = sorted(name for name, state in found.items() if state in ("missing", "new"))
-    if lost:
+    said = _network(place, ["dvc", "--wait-for-lock", "status", "--cloud", "--json"])
+    last = next((line for line in reversed(said.splitlines()) if line.startswith("{")), "{}")
+    found: dict[str, str] = json.loads(last)
+    # a folder whose list of files is gone is not among them (dvc 3.67.1): it is in a warning, by its hash
+    names = {out.get("md5"): out["path"] for entry in _lock(place.tree).values() for out in entry.get("outs", [])}
+    folders = {names.get(md5, md5) for md5 in re.findall(r"md5: ([0-9a-f]{32}\.dir)", said)}
+    gone = sorted({name for name, state in found.items() if state == "missing"} | folders)
+    if gone:
+        _drop(place, commit)
         raise UserError(
-            f"{', '.join(lost[:3])}: not in the DVC remote after a push, nor in the cache; nothing was published"
+            f"{', '.join(gone[:3])}: not in the DVC remote after a push, nor in the cache; nothing was published, "
+            f"promotion {commit[:10]} is dropped, and the next run makes it anew"
+        )
+    if unpushed := sorted(name for name, state in found.items() if state == "new"):
+        raise UserError(
+            f"{', '.join(unpushed[:3])}: not in the DVC remote after a push; nothing was published, promotion "
+            f"{commit[:10]} is kept, and the next run finishes it"
         )
 
 
@@ -631,6 +665,11 @@ def _push(place: Place, commit: str, tags: Sequence[str], published: str | None)
             raise MovedOn(
                 f"{place.remote}/{place.branch} moved on while this run trained; nothing was moved, and the next run "
                 "starts from there"
+            ) from None
+        if REFUSED.search(str(error)):
+            raise UserError(
+                f"{error}; the promotion {commit[:10]} is kept: let this account push to {place.branch} of {place.remote} "
+                f"and run again, or merge {place.pending} there by a merge commit, or drop it (git update-ref -d {place.pending})"
             ) from None
         raise UserError(f"{error}; the promotion {commit[:10]} is kept, and the next run finishes it") from None
 
@@ -774,6 +813,8 @@ def _guarded(place: Place, cwd: Path, command: Sequence[str], log: Callable[[str
     telling = [line for line in lines if re.match(r"(ERROR|error|fatal|remote|❌)\b|!|❌", line)] or lines
     which = 0 if name == "git" else -1  # git says what is wrong first, and at last what follows from it
     words = place.redact(f"{name}: {telling[which] if telling else 'failed without a word'}")
+    if name == "git" and (refused := REFUSED.search(done.output)) and not REFUSED.search(words):
+        words += f" ({refused[0]})"
     if stages.TRANSIENT.search(done.output) or (name == "git" and GIT_TRANSIENT.search(done.output)):
         raise StageTransient(words)
     raise UserError(words)

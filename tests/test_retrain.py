@@ -183,8 +183,11 @@ class TestWhatBecomesOfIt:
 
     def test_nothing_new_is_all_cached_and_moves_nothing(self, world: World) -> None:
         before = world.refs()
+        (world.repo / "params.yaml").write_text(PARAMS + "# mine\n")
         started = time.monotonic()
         assert world.retrain() == "nothing new: 3 unchanged"
+        said = world.api.logs(world.api.newest("retrain")["id"])
+        assert "note: this run has what main has, not your edits to params.yaml" in said
         assert time.monotonic() - started < 60
         assert set(world.states().values()) == {("Cached", "unchanged")}
         assert world.api.newest("retrain")["state"]["name"] == "Cached"
@@ -391,8 +394,39 @@ class TestInterrupted:
             "dvc gc -q -f -a -T --not-in-remote || dvc gc -q -f -a -T", world.repo
         )  # knows no promotion that is pending
         before = world.git("for-each-ref", where="remote.git")
-        assert "not in the DVC remote after a push, nor in the cache; nothing was published" in world.retrain(code=1)
+        said = world.retrain(code=1)
+        assert said.startswith(
+            "data/evaluate/dpo.answers.jsonl, data/model: not in the DVC remote after a push, nor in "
+        )
+        assert said.endswith("is dropped, and the next run makes it anew")
         assert world.git("for-each-ref", where="remote.git") == before
+        assert world.retrain().startswith("Promoted: better in")
+        world.clean()
+
+    def test_a_branch_that_may_not_be_pushed_to(self, world: World) -> None:
+        """The promotion waits until it was merged; its tags come after it."""
+        world.data("b.txt", "0.9")
+        hook = self.hook(world, "echo 'GitLab: You are not allowed to push code to protected branches.' >&2; exit 1")
+        said = world.retrain(code=1)
+        assert "You are not allowed to push code to protected branches" in said
+        assert (
+            "is kept: let this account push to main of origin and run again, or merge refs/reforge/retrain/main" in said
+        )
+        assert said.endswith("or drop it (git update-ref -d refs/reforge/retrain/main)")
+        hook.write_text(
+            "#!/bin/sh\necho a rule >&2\nexit 1\n"
+        )  # GitHub's and others' words come after the branch's name
+        assert "is kept: let this account push to main of origin" in world.retrain(code=1)
+        hook.unlink()
+        merge = (
+            f"{PERSON} && git pull -q --no-rebase --no-ff --no-edit ../repo refs/reforge/retrain/main && git push -q"
+        )
+        run(f"git clone -q remote.git other && cd other && {merge}", world.folder)
+        assert "assistant@v0.0.2" not in world.git("tag", where="remote.git")
+        assert world.retrain().startswith("finished an interrupted promotion (assistant@v0.0.2 is prod on main (")
+        tags = ["assistant#prod#1", "assistant#prod#2", "assistant@v0.0.1", "assistant@v0.0.2"]
+        assert world.git("tag", where="remote.git").splitlines() == tags
+        world.clean()
 
     def test_a_checkout_in_which_a_flow_runs_stays(self, world: World) -> None:
         world.data("b.txt", "0.9")
@@ -483,6 +517,13 @@ class TestRefused:
         shutil.rmtree(world.folder / "store")
         (world.folder / "store").mkdir()
         assert "the champion's answers are neither in the cache nor on a DVC remote" in world.retrain(code=1)
+
+    def test_commits_that_can_not_be_signed_before_anything_runs(self, world: World) -> None:
+        run("git config commit.gpgsign true && git config gpg.program false", world.repo)
+        world.data("b.txt", "0.9")
+        said = world.retrain(code=1)
+        assert said.startswith("commit.gpgsign is on, and git can't sign here, as promotions would have to be: give ")
+        assert world.git("for-each-ref", "refs/reforge") == ""
 
     def test_own_commits_that_are_not_pushed(self, world: World) -> None:
         run("git commit -q --allow-empty -m mine", world.repo)
