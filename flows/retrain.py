@@ -30,6 +30,7 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.context import FlowRunContext
 from prefect.events import emit_event
 from prefect.states import Cancelled, Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field
@@ -95,6 +96,10 @@ class MovedOn(UserError):
     """Somebody else moved the branch: what was made on its old tip can't go there."""
 
 
+class Busy(UserError):
+    """Another retrain runs in this repository."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a run works and where its result goes."""
@@ -148,6 +153,12 @@ def retrain(params: RetrainParameters = DEFAULTS) -> Any:
             return _run(place)
     except Stopped:
         return Cancelled(message="stopped; what was running has been ended, nothing was moved")
+    except Busy as error:
+        # After an outage all nights that were missed start at once. (A concurrency limit of the deployment would cancel them
+        # too, but ends the run that holds it when the server is away for some seconds, prefect 3.8.8.)
+        context = FlowRunContext.get()
+        scheduled = context is not None and context.flow_run is not None and context.flow_run.auto_scheduled
+        return (Cancelled if scheduled else Failed)(message=str(error))
     except UserError as error:
         return Failed(message=place.redact(str(error)) if place else str(error))
 
@@ -238,7 +249,7 @@ def _alone(main: Path) -> Iterator[None]:
     """The only retrain in this repository and its worktrees. The kernel frees the lock, however the holder ends.
 
     Raises:
-        UserError: another one runs.
+        Busy: another one runs.
     """
     common = Path(_git(main, "rev-parse", "--path-format=absolute", "--git-common-dir"))
     with (common / "reforge-retrain.lock").open("a+") as handle:
@@ -246,7 +257,7 @@ def _alone(main: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.seek(0)
-            raise UserError(
+            raise Busy(
                 f"another retrain (process {handle.read() or 'unknown'}) runs in this repository; nothing was done"
             ) from None
         handle.truncate(0)

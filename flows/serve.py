@@ -129,6 +129,13 @@ def _healthy(url: str) -> bool:
     return False
 
 
+def _answers() -> bool:
+    """Whether the server of PREFECT_API_URL does, asked as Prefect asks it: with its certificates, headers and password."""
+    with contextlib.suppress(*UNREACHABLE), get_client(sync_client=True) as client:
+        return client.api_healthcheck() is None
+    return False
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until stopped."""
     parser = argparse.ArgumentParser(
@@ -147,6 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, zoneinfo.ZoneInfoNotFoundError) as error:
         print(f"serve: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which is nohup's
+        # the terminal was closed: end as with SIGTERM, which Prefect's runner handles too
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     if given.start_server:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         return with_server(
@@ -169,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except UNREACHABLE as error:  # Prefect's runner gives up after some minutes without a server
             print(f"serve: {' '.join(str(error).split())}; waiting for {PREFECT_API_URL.value()}", file=sys.stderr)
             time.sleep(10)  # also where the server is there and something else is wrong
-            while not _healthy(str(PREFECT_API_URL.value())):
+            while not _answers():
                 time.sleep(10)
 
 

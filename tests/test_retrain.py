@@ -11,11 +11,13 @@ import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+from prefect.context import FlowRunContext
 
-from flows import stages
+from flows import retrain, stages
 from tests import server, small
 from tests.conftest import ROOT, fork, run
 
@@ -452,6 +454,21 @@ class TestInterrupted:
         assert (world.repo / ".dvc/tmp/retrain/tree").is_dir()
         assert world.retrain().startswith("Promoted: better in")
         world.clean()
+
+    @pytest.mark.parametrize(("scheduled", "kind"), [(True, "CANCELLED"), (False, "FAILED")])
+    def test_the_second_of_two_has_failed_only_if_a_person_started_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduled: bool, kind: str
+    ) -> None:
+        """After an outage all nights that were missed start at once."""
+        run("git init -q && mkdir .dvc", tmp_path)
+        monkeypatch.setattr(retrain, "get_run_logger", lambda: None)
+        with (
+            retrain._alone(tmp_path),
+            FlowRunContext.model_construct(flow_run=SimpleNamespace(auto_scheduled=scheduled)),
+        ):
+            state = retrain.retrain.fn(retrain.RetrainParameters(repo=tmp_path))
+        assert state.type.value == kind
+        assert state.message.startswith(f"another retrain (process {os.getpid()}) runs in this repository")
 
     def test_the_remote_moved_on(self, world: World) -> None:
         world.data("b.txt", "0.9")

@@ -1,19 +1,31 @@
 """Deployments on a real server: what `make ui` offers, and work pools out of prefect.yaml."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_CLIENT_CUSTOM_HEADERS,
+    PREFECT_CLIENT_MAX_RETRIES,
+    temporary_settings,
+)
 from ruamel.yaml import YAML
 
-from flows import sweep
+from flows import serve, sweep
 from tasks.params import UserError
 from tests import server, small
 from tests.conftest import ORDER, ROOT, fork, run
@@ -262,6 +274,54 @@ def test_the_server_of_make_ui_asks_for_a_password_and_ends_with_it(tmp_path: Pa
         )
     finally:
         small.finish(process, 30)
+
+
+def test_a_closed_terminal_ends_the_server_of_make_ui(tmp_path: Path) -> None:
+    """It has a session of its own, and would go on, with the port and the database."""
+    port = server.free_port()
+    repo = small.make(tmp_path / "repo")
+    command = [sys.executable, "-m", "flows.serve", "--start-server", "--port", str(port)]
+    process = small.start(command, repo, PREFECT_HOME=str(tmp_path / "home"), PREFECT_API_URL="")
+    try:
+        server.wait_healthy(f"http://127.0.0.1:{port}", process)
+        os.killpg(process.pid, signal.SIGHUP)
+        assert process.wait(90) in (130, 143)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"http://127.0.0.1:{port}/api/health")
+    finally:
+        small.finish(process, 30)
+        for other in psutil.process_iter():  # if it fails
+            with contextlib.suppress(psutil.Error):
+                if other.environ().get("PREFECT_HOME") == str(tmp_path / "home"):
+                    other.kill()
+
+
+class Gate(BaseHTTPRequestHandler):
+    """A server behind a proxy that asks for a header."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.headers.get("X-Team") == "ours" else 403)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_whether_the_server_answers_is_asked_with_prefects_settings() -> None:
+    gate = ThreadingHTTPServer(("127.0.0.1", 0), Gate)
+    threading.Thread(target=gate.serve_forever, daemon=True).start()
+    url = {PREFECT_API_URL: f"http://127.0.0.1:{gate.server_port}/api"}
+    try:
+        with temporary_settings(url):
+            assert not serve._answers()
+        with temporary_settings({**url, PREFECT_CLIENT_CUSTOM_HEADERS: {"X-Team": "ours"}}):
+            assert serve._answers()
+    finally:
+        gate.shutdown()
+        gate.server_close()
+    with temporary_settings({**url, PREFECT_CLIENT_MAX_RETRIES: 0}):
+        assert not serve._answers()
 
 
 def test_prefects_server_imports_with_the_locked_fastapi() -> None:
