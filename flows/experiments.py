@@ -112,8 +112,10 @@ def chosen(every: Mapping[str, Experiment], names: Sequence[str]) -> dict[str, E
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean `{close[0]}`?" if close else f"; there are {', '.join(known)}"
+    if close := difflib.get_close_matches(name, known, n=1):
+        return f", did you mean `{close[0]}`?"
+    few = known if len(known) <= 5 else difflib.get_close_matches(name, known, n=5, cutoff=0.0)
+    return f"; there are {', '.join(few)}" + (f" and {len(known) - len(few)} more" if len(few) < len(known) else "")
 
 
 def points(repo: Path, name: str, experiment: Experiment) -> Arms:
@@ -132,10 +134,18 @@ def points(repo: Path, name: str, experiment: Experiment) -> Arms:
             raise UserError(f"{name}.metrics: {path} is no metrics file of these targets{_nearest(path, figures)}")
         if (repo / path).is_file() and ARM not in metric:  # what was made here last says what such a test has
             made_last = json.loads((repo / path).read_text(encoding="utf-8"))
-            known = [key.removesuffix(".value") for key, _ in stages.flat(made_last)]
+            known = [key for key, _ in stages.flat(made_last)]
+            known += [key.removesuffix(".value") for key in known if key.endswith(".value")]
             key = metric.partition(":")[2]
             if key not in known:
-                raise UserError(f"{name}.metrics: {path} has no figure `{key}` here{_nearest(key, known)}")
+                what = f"{name}.metrics: {path} has no figure `{key}` here"
+                maker = next(each.name.partition("@")[0] for each in planned if path in each.metrics)
+                # the stage's own settings (evaluate.lm_eval) and other rows may bring figures that were not there
+                if not any(
+                    k.partition(".")[0] in (maker, "ingest", "split") for v in experiment.arms.values() for k in v
+                ):
+                    raise UserError(what + _nearest(key, [k for k in known if not k.endswith(".value")]))
+                print(f"note: {what}; the page needs it of every arm", flush=True)
     for curve in experiment.curves:
         if not any(curve.startswith(f"{out}/") or curve == out for out in made):
             raise UserError(f"{name}.curves: {curve} is no output of these targets{_nearest(curve, made)}")

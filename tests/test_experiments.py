@@ -1,6 +1,7 @@
 """Experiments: definitions that are checked, points that reuse what is there and survive a kill, and honest verdicts."""
 
 import csv
+import json
 import re
 import signal
 import sys
@@ -8,12 +9,14 @@ import textwrap
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from flows import experiments, findings, worktrees
 from flows.findings import Cost, Run
+from tasks import params
 from tasks.params import UserError
 from tests import small
 from tests.conftest import ROOT, commit, fork, run
@@ -100,6 +103,34 @@ class TestPoints:
         with pytest.raises(UserError) as error:
             experiments.points(pipeline, "beta", definition)
         assert said in str(error.value)
+
+    def test_figures_that_arms_switch_on_and_values_of_figures(
+        self,
+        tmp_path: Path,
+        definitions: Callable[[str], Path],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        figures = tmp_path / "data/evaluate/dpo.json"
+        figures.parent.mkdir(parents=True)
+        figures.write_text(json.dumps({"manner": {"kindness": {"value": 0.5}}, **{f"k{n}": n for n in range(9)}}))
+        made = SimpleNamespace(name="evaluate@dpo", outputs=["data/evaluate"], metrics=["data/evaluate/dpo.json"])
+        monkeypatch.setattr(experiments, "_planned", lambda *_: [made])
+        monkeypatch.setattr(experiments, "_recipes", lambda *_: {})
+        monkeypatch.setattr(worktrees, "settings", lambda _: params.read(ROOT / "params.yaml"))
+
+        def points(arm: str, figure: str) -> None:
+            text = f"e: {{question: q, arms: {{a: {{}}, b: {{{arm}}}}}, targets: [x], metrics: ['data/evaluate/dpo.json:{figure}']}}\n"
+            (definition,) = experiments.load(definitions(text)).values()
+            experiments.points(tmp_path, "e", definition)
+
+        for figure in ("manner.kindness", "manner.kindness.value", "k3"):
+            points("dpo.beta: 0.3", figure)
+        assert capsys.readouterr().out == ""
+        with pytest.raises(UserError, match=r"no figure `lm_eval\.arc\.acc` here; there are .* and 5 more$"):
+            points("dpo.beta: 0.3", "lm_eval.arc.acc")
+        points("evaluate.lm_eval: {tasks: [arc]}", "lm_eval.arc.acc")
+        assert "note: e.metrics: data/evaluate/dpo.json has no figure `lm_eval.arc.acc` here; the page needs it of every arm" in capsys.readouterr().out  # fmt: skip
 
     def test_the_shipped_ones_are_valid_and_ask_what_they_say(self, pipeline: Path) -> None:
         every = experiments.load(ROOT / "experiments.yaml")
