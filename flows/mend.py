@@ -82,7 +82,9 @@ def _lock_file(repo: Path) -> Iterator[str]:
     text = path.read_text(encoding="utf-8", errors="replace")
     if re.search(r"^(<{7}|>{7}) ", text, re.MULTILINE):
         raise UserError(
-            "dvc.lock holds both sides of a git merge: resolve it (`git checkout --ours dvc.lock`, or --theirs), then `dvc repro`"
+            "dvc.lock holds both sides of a git merge: take theirs of all that belongs together (`git checkout MERGE_HEAD -- "
+            "dvc.lock params.yaml data`, in a rebase `HEAD`), `dvc pull --run-cache`, make your change to params.yaml again, then "
+            "`dvc repro`"
         )
     with contextlib.suppress(yaml.YAMLError):
         if text.endswith("\n") and {"schema", "stages"} <= set(yaml.load(text, yaml.CSafeLoader) or ()):

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -71,6 +72,48 @@ def test_both_sides_of_a_merge_are_a_persons_to_resolve(repo: Path) -> None:
     with pytest.raises(UserError, match="both sides of a git merge"):
         mended(repo, quick=True)
     assert (repo / "dvc.lock").read_text() == both
+
+
+MERGED = """\
+stages:
+  one:
+    cmd: echo one >> log; mkdir -p data; grep one params.yaml > data/one; wc -l < log > data/one.json
+    params: [one]
+    outs: [data/one]
+    metrics: [data/one.json: {cache: false}]
+  two:
+    cmd: echo two >> log; cat data/one > data/two; grep two params.yaml >> data/two; cp data/two data/two.json
+    deps: [data/one]
+    params: [two]
+    outs: [data/two]
+    metrics: [data/two.json: {cache: false}]
+"""
+
+
+def test_what_it_says_of_a_merge_runs_nothing_that_both_sides_have(tmp_path: Path) -> None:
+    """`two` alone, which has the other side's `one` and this side's own setting; with `--ours dvc.lock` both ran again."""
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    person = "git config user.name t && git config user.email t@example.org"
+    run(f"git init -q -b main && {person} && dvc init -q && dvc remote add -q -d store {tmp_path / 'store'}", repo)
+    (repo / "dvc.yaml").write_text(MERGED)
+    (repo / ".gitignore").write_text("log\n")
+    for branch, text in (("main", "one: 1\ntwo: 1\n"), ("theirs", "one: 2\ntwo: 1\n"), ("ours", "one: 1\ntwo: 2\n")):
+        if branch != "main":
+            run(f"git switch -q -c {branch} main && dvc checkout -q", repo)
+        (repo / "params.yaml").write_text(text)
+        run(f"dvc repro -q && git add -A && git commit -qm {branch} && dvc push -q --run-cache", repo)
+    (repo / "log").unlink()
+    assert "CONFLICT" in run("git merge theirs", repo, check=False).stdout
+    with pytest.raises(UserError) as error:
+        mended(repo, quick=True)
+    take, pull, *_ = re.findall(r"`((?:git|dvc) [^`]+)`", str(error.value))
+    run(f"{take} && {pull}", repo)
+    assert run("dvc status -q", repo, check=False).returncode == 0
+    (repo / "params.yaml").write_text("one: 2\ntwo: 2\n")
+    run("dvc repro -q && git add -A && git commit -qm merged", repo)
+    assert (repo / "log").read_text() == "two\n"
+    assert (repo / "data/two").read_text() == "one: 2\ntwo: 2\n"
 
 
 @pytest.mark.parametrize(

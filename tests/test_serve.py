@@ -289,11 +289,11 @@ def test_a_closed_terminal_ends_the_server_of_make_ui(tmp_path: Path) -> None:
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"http://127.0.0.1:{port}/api/health")
     finally:
-        small.finish(process, 30)
         for other in psutil.process_iter():  # if it fails
             with contextlib.suppress(psutil.Error):
                 if other.environ().get("PREFECT_HOME") == str(tmp_path / "home"):
                     other.kill()
+        small.finish(process, 30)
 
 
 class Gate(BaseHTTPRequestHandler):
