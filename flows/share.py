@@ -97,6 +97,8 @@ def share(
             own.get("core", {}).pop("remote", None)
     if scheme == "local" and Path(place).is_relative_to(repo.resolve()):
         raise UserError(f"{place}: expected a directory outside of the repository")
+    if scheme == "local" and "shared" not in {**tracked.get(section, {}), **own.get(section, {})}:
+        own.setdefault(section, {})["shared"] = "group"  # or the folders that one person makes are closed to the others
     for key, value in _checked(options, scheme).items():
         (tracked if key in SHARED else own).setdefault(section, {})[key] = value
     if scheme == "s3":
@@ -222,6 +224,16 @@ def try_out(remote: Mapping[str, str], scheme: str) -> None:
             raise UserError(f"{_where(remote)}: a file came back different from what was sent")
 
 
+def closed(place: str) -> str:
+    """The umask of this process if what it makes in the directory `place` is closed to the group, for whom that is open; else "".
+
+    DVC's `shared = group` opens the folders of files; what a push makes of the run cache has the umask (dvc 3.67.1).
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return f"{mask:03o}" if mask & 0o020 and Path(place).is_dir() and Path(place).stat().st_mode & 0o020 else ""
+
+
 def explain(output: str) -> str:
     """DVC's first error in plain words, with its own behind; its own alone if they are none that are known."""
     errors = [line.removeprefix("ERROR: ") for line in output.splitlines() if line.startswith("ERROR: ")]
@@ -280,7 +292,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("share: .dvc/config has the address, the same for everybody: git commit .dvc/config")
     if ".dvc/config.local" in changed:
         print("share: .dvc/config.local has what is yours; git ignores it")
-    print("after a run:          git push && dvc push --run-cache")
+    if mask := closed(place):
+        print(
+            f"share: note: your umask {mask} closes to the others what you push there: put `umask 002` into ~/.profile,"
+        )
+        print("share:       and into services and cron jobs (UMask=0002)")
+    print("after a run:          git add -A && git commit && dvc push --run-cache && git push")
     print("to get the others':   git pull && dvc pull --run-cache")
     return 0
 

@@ -242,6 +242,21 @@ def test_a_directory(small: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in in_git(small)
 
 
+def test_a_directory_of_several_people(small: Path, tmp_path: Path) -> None:
+    """Everything that a push makes is open to the group; with a umask that closes the run cache it says so."""
+    store = tmp_path / "store"
+    for umask, warns in ((0o022, True), (0o002, False)):
+        code = f"import os; os.umask({umask}); from flows import share; raise SystemExit(share.main([{str(store)!r}]))"
+        said = run([sys.executable, "-c", code], small, **ALONE).stdout
+        assert ("your umask 022 closes to the others" in said) == warns, said
+        assert "after a run:          git add -A && git commit && dvc push --run-cache && git push" in said
+    assert "shared = group" in (small / ".dvc/config.local").read_text()
+    run("umask 002 && dvc push -q --run-cache", small)
+    closed = [p for p in [store, *store.rglob("*")] if p.is_dir() and not p.stat().st_mode & 0o020]
+    assert closed == []
+    assert (store / "runs").is_dir()
+
+
 def test_ssh(small: Path, ssh: tuple[str, Path], tmp_path: Path) -> None:
     server, keys = ssh
     both_ways(small, f"{server}{tmp_path}/store", "--keyfile", str(keys / "user"))
