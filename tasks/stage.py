@@ -196,15 +196,23 @@ def check_inputs(stage: str, paths: list[Path]) -> None:
         return
     recorded = (yaml.load(lock.read_text(), yaml.CSafeLoader) or {}).get("stages") or {}
     names = [path.as_posix() for path in paths]
+    made: dict[
+        str, dict[str, str]
+    ] = {}  # path → maker → MD5; of a renamed stage the old entry stays in dvc.lock for ever
     for maker, entry in recorded.items():
         for out in entry.get("outs", ()) if maker != stage else ():
             path = out["path"]
-            if not any(f"{a}/".startswith(f"{b}/") for name in names for a, b in ((path, name), (name, path))):
-                continue
-            if Path(path).exists() and (found := hash_of(Path(path))) != out["md5"]:
-                raise UserError(
-                    f"{path} is not what `{maker}` made: dvc.lock says {out['md5']}, found {found}; if you did not change it, it is damaged: `python -m flows.mend` names the file and mends it"
-                )
+            if any(f"{a}/".startswith(f"{b}/") for name in names for a, b in ((path, name), (name, path))):
+                made.setdefault(path, {})[maker] = out["md5"]
+    for path, known in made.items():
+        if Path(path).exists() and (found := hash_of(Path(path))) not in known.values():
+            maker, wanted = list(known.items())[-1]
+            there = yaml.load(Path("dvc.yaml").read_text(), yaml.CSafeLoader) if Path("dvc.yaml").is_file() else None
+            gone = [name for name in known if there and name.partition("@")[0] not in (there.get("stages") or {})]
+            stale = f"; dvc.lock still has `{gone[0]}`, which dvc.yaml has not: remove its entry" if gone else ""
+            raise UserError(
+                f"{path} is not what `{maker}` made: dvc.lock says {wanted}, found {found}{stale}; if you did not change it, it is damaged: `python -m flows.mend` names the file and mends it"
+            )
 
 
 def hash_of(path: Path) -> str:

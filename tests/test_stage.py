@@ -280,6 +280,23 @@ def test_inputs_must_be_what_their_stage_made(tmp_path: Path, monkeypatch: pytes
             stage.check_inputs("b", [Path(given)])
 
 
+def test_an_entry_that_a_renamed_stage_left_in_the_lock_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC never drops it, so that the readers of the new stage failed for ever."""
+    monkeypatch.chdir(tmp_path)
+    run("git init -q && dvc init -q && dvc stage add -q -n old -o x 'echo 1 > x' && dvc repro -q", tmp_path)
+    (tmp_path / "dvc.yaml").write_text("stages: {new: {cmd: echo 2 > x, outs: [x]}}\n")
+    run("dvc repro -q", tmp_path)
+    assert "  old:\n" in (tmp_path / "dvc.lock").read_text()
+    stage.check_inputs("b", [Path("x")])
+    (tmp_path / "x").write_text("3\n")
+    with pytest.raises(
+        UserError, match=r"^x is not what `new` made: .*; dvc.lock still has `old`, which dvc.yaml has not"
+    ):
+        stage.check_inputs("b", [Path("x")])
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
