@@ -181,6 +181,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> tuple[server.Server, P
     api = server.start()
     repo = small.make(tmp_path_factory.mktemp("pools") / "repo")
     shutil.copy(ROOT / "prefect.yaml", repo)
+    run("git init -q --bare -b main ../origin && git remote add origin ../origin && git push -qu origin main", repo)
     env = {"PYTHONPATH": str(ROOT), "PWD": str(repo), "REFORGE_IMAGE": "registry.example/reforge:1", **api.env}
     run([*PREFECT, "work-pool", "create", "--type", "process", "gpu-process"], repo, **env)
     template = run([*PREFECT, "work-pool", "get-default-base-job-template", "--type", "kubernetes"], repo, **env)
@@ -197,12 +198,16 @@ class TestPools:
     def test_a_worker_of_the_process_pool_runs_it(self, deployed: tuple[server.Server, Path, dict[str, str]]) -> None:
         api, repo, env = deployed
         name = "pipeline/pipeline-process"
+        change = "echo pushed > in && git -c user.name=t -c user.email=t@example.org commit -qam theirs && git push -q"
+        run(f"git clone -q origin other && cd other && {change}", repo.parent)
         run([*PREFECT, "deployment", "run", name, "--param", "pull=false"], repo, **env)
         worker = small.start([*PREFECT, "worker", "start", "--pool", "gpu-process", "--run-once"], repo, **env)
         output = small.finish(worker)
         found = api.newest()
         assert (found["state"]["name"], found["state"]["message"]) == ("Completed", "5 ran"), output
         assert found["work_pool_name"] == "gpu-process"
+        assert (repo / "one").read_text() == "pushed\n"  # what somebody else had pushed meanwhile
+        assert api.get("deployments/name/retrain/retrain-process")["parameters"] == {"params": {"gpu": "gpu-process"}}
         assert api.get("v2/concurrency_limits/gpu-process")["limit"] == 1
 
     def test_kubernetes_as_far_as_without_a_cluster(self, deployed: tuple[server.Server, Path, dict[str, str]]) -> None:
