@@ -64,8 +64,9 @@ ROLES = {
     "model": "assistant",
     "system": "system",
 }
-# how messages begin in a cell of a CSV file, as JSON or as Python prints them
+# how messages begin in a text, as JSON or as Python prints them, and what tells them from any other JSON
 MESSAGES = re.compile(r"""\s*(?:\[\s*\{\s*['"](?:role|from|content|value)|\{\s*['"](?:role|from))['"]\s*:""")
+ROLE = re.compile(rf"""['"](?:role|from)['"]\s*:\s*['"](?:{"|".join(ROLES)})['"]""")
 LONGEST_ROW = 20_000_000  # bytes of a line, characters of a row's texts; a longer one is quarantined
 LONGEST_NAME = 1_000  # characters of a concept, topic, term, …
 # Combining marks one after another: UAX 15 ("Stream-Safe Text Format") allows 30, and no language comes near. Bringing n of
@@ -256,11 +257,15 @@ class Unreadable(ValueError):
         self.column, self.check = column, check
 
 
+class Cells(dict[str, Any]):
+    """A row of a CSV file, in which all values are texts."""
+
+
 Parsed = tuple[int, dict[str, Any] | Unreadable, str]  # line, row or what is wrong, original content
 
 
 def rows_of_file(path: Path) -> Iterator[Parsed]:
-    """Rows of a JSONL, JSON, CSV or Parquet file, unreadable ones included; only blank lines are no rows.
+    """Rows of a JSONL, JSON, CSV or Parquet file, unreadable ones included; only blank lines, and those of empty cells, are no rows.
 
     Raises:
         UserError: the file as a whole can't be read.
@@ -326,21 +331,30 @@ def _json(path: Path) -> Iterator[Parsed]:
 def _csv(path: Path) -> Iterator[Parsed]:
     csv.field_size_limit(LONGEST_ROW)  # the module's own limit, for all readers, would refuse a long answer
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True, restkey="(extra)")
+        reader = csv.reader(file, strict=True)
         try:
-            names = list(reader.fieldnames or [])
+            names = next(reader, [])
             twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
             if twice is not None:
                 raise UserError(f"{path}: two columns are named {short(twice)}")
             if len(names) == 1 and re.search("[;\t|]", names[0]):
                 raise UserError(f"{path}: expected columns set apart by commas, found {short(names[0])}")
-            for row in reader:
-                found: dict[str, Any] | Unreadable = row
-                if "(extra)" in row or None in row.values():
-                    found = Unreadable("(row)", "columns", f"expected {len(names)} columns, found another number")
-                yield reader.line_num, found, content(row)
+            line = reader.line_num + 1
+            for cells in reader:
+                first, line = line, reader.line_num + 1
+                if not any(map(str.strip, cells)):  # a spreadsheet leaves lines of commas
+                    continue
+                row = Cells(zip(names, cells, strict=False))
+                if len(cells) == len(names):
+                    yield first, row, content(row)
+                    continue
+                row |= dict.fromkeys(names[len(cells) :])
+                if len(cells) > len(names):
+                    row["(extra)"] = cells[len(names) :]
+                reason = f"expected {len(names)} columns, found {len(cells)}"
+                yield first, Unreadable("(row)", "columns", reason), content(row)
         except csv.Error as error:
-            raise UserError(f"{path}: not valid CSV at line {reader.reader.line_num}: {error}") from None
+            raise UserError(f"{path}: not valid CSV at line {reader.line_num}: {error}") from None
         except UnicodeDecodeError:  # its place is that within a block
             _text(path)
             raise
@@ -416,7 +430,7 @@ def _finite(digits: str) -> float:
 
 def detect(row: dict[str, Any]) -> str:
     """The format of a row by its columns: the field's own names; of tables, by those that say something in this row."""
-    filled = {key for key, value in row.items() if value is not None}
+    filled = {key for key, value in row.items() if value is not None and value != ""}  # an empty cell of a CSV file too
     with contextlib.suppress(Unreadable):
         return _detect(filled)
     return _detect(set(row))
@@ -665,10 +679,12 @@ def _instruction(row: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _cell(row: dict[str, Any], column: str) -> Any:
-    """The value of a column; a cell of a CSV file may hold messages.
+    """The value of a column; a text may hold messages, as a cell of a CSV file has to.
+
+    Messages are what has a role in every turn: an answer may well be JSON of something else, and stays a text.
 
     Raises:
-        Unreadable: it begins as messages do and is no JSON: Python's own spelling of a list, or cut off by a spreadsheet.
+        Unreadable: it holds messages and is no JSON: Python's own spelling of a list, or cut off by a spreadsheet.
     """
     value = row.get(column)
     if not isinstance(value, str) or not MESSAGES.match(value):
@@ -676,9 +692,28 @@ def _cell(row: dict[str, Any], column: str) -> Any:
     try:
         found = _parse(value)
     except ValueError as error:
-        raise Unreadable(column, "json", f"expected messages as JSON: {error}") from None
+        if _is_broken(value, isinstance(row, Cells)):
+            raise Unreadable(column, "json", f"expected messages as JSON: {error}") from None
+        return value
     turns = found if isinstance(found, list) else [found]
-    return found if all(isinstance(t, dict) and {"content", "value"} & set(t) for t in turns) else value
+    return found if all(map(_is_turn, turns)) else value
+
+
+def _is_turn(turn: Any) -> bool:
+    role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    return isinstance(role, str) and role in ROLES and bool({"content", "value"} & set(turn))
+
+
+def _is_broken(text: str, cell: bool) -> bool:
+    """Whether a text that begins as messages do, and is no JSON, was meant as such; a `cell` may be cut off."""
+    several, named = text.lstrip().startswith("["), ROLE.search(text)
+    if re.search(r"\}\s*\]\s*$" if several else r"\}\s*$", text):
+        return bool(named)
+    if not cell:
+        return False
+    if several:  # cut off in its first turn, the role may be lost
+        return not re.search(r"\}\s*\]", text) and bool(named or re.match(r"""\s*\[\s*\{\s*['"]content""", text))
+    return "}" not in text and bool(named)
 
 
 def _prompt(row: dict[str, Any], column: str) -> list[dict[str, str]]:

@@ -292,9 +292,58 @@ def test_messages_in_a_cell_that_are_no_json_are_not_trained_on_as_text(tmp_path
     table, bad = _ingest(tmp_path, {"a.csv": frame.write_csv().encode()})
     assert [(row["line"], row["column"], row["check"]) for row in bad] == [
         (2, "completion", "json"),
-        (bad[1]["line"], "completion", "json"),
+        (9, "completion", "json"),  # after one of six lines
     ]
     assert [m[1]["content"] for m in table["messages"].to_list()] == ["a", *cells[3:]]  # an answer may well be JSON
+
+
+JSON_ANSWERS = [
+    '[{"value": "Paris"}]',
+    '[{"value": "Paris"}, {"value": "Seoul"}]',
+    '[{"content": "Paris"}]',
+    '[{"from": "Seoul", "value": "Busan"}]',
+    '{"role": "admin", "content": "all"}',
+    "{'role': 'admin'} is a dict of Python",
+    "[{'value': 1}, {'value': 2}] is a list of Python",
+    "[{'role': 'admin', 'value': 1}]",
+    '[{"value": 1},',
+]
+
+
+@pytest.mark.parametrize("file", ["a.csv", "a.jsonl"])
+def test_json_that_is_no_conversation_stays_a_text(tmp_path: Path, file: str) -> None:
+    rows = [{"prompt": f"q{i}", "completion": said} for i, said in enumerate(JSON_ANSWERS)]
+    rows += [{"prompt": said, "completion": f"a{i}"} for i, said in enumerate(JSON_ANSWERS)]
+    frame = pl.DataFrame(rows)
+    text = frame.write_csv() if file == "a.csv" else frame.write_ndjson()
+    table, bad = _ingest(tmp_path, {file: text})
+    assert not bad
+    assert [[m["content"] for m in row] for row in table["messages"].to_list()] == [[*row.values()] for row in rows]
+    frame = pl.DataFrame([{"prompt": f"q{i}", "chosen": s, "rejected": f"b{i}"} for i, s in enumerate(JSON_ANSWERS)])
+    table, bad = _ingest(tmp_path, {file: frame.write_csv() if file == "a.csv" else frame.write_ndjson()})
+    assert not bad
+    assert table["chosen"].to_list() == JSON_ANSWERS
+
+
+def test_messages_that_are_no_json_are_refused_in_any_file_but_cut_off_ones_in_tables_alone(tmp_path: Path) -> None:
+    turns = str([{"role": "assistant", "content": "it's"}])
+    texts = [turns, turns[:-4], "[{'content': 'cut o", "{'role': 'assistant', 'content': 'a'}"]
+    frame = pl.DataFrame([{"prompt": f"q{i}", "completion": text} for i, text in enumerate([*texts, "fine"])])
+    _, bad = _ingest(tmp_path, {"a.jsonl": frame.write_ndjson()})
+    assert [row["line"] for row in bad] == [1, 4]
+    _, bad = _ingest(tmp_path, {"a.csv": frame.write_csv()})
+    assert [row["line"] for row in bad] == [2, 3, 4, 5]
+
+
+def test_empty_cells_of_a_table_say_nothing(tmp_path: Path) -> None:
+    """A row is what its filled cells make of it, stands where it begins, and lines of commas are none."""
+    text = 'prompt,completion,chosen,rejected\n질문,답,,\n,,,\n\n"두\n줄",답,,\n질문 3,,좋음,나쁨\n , ,,\n'
+    table, bad = _ingest(tmp_path, {"a.csv": text})
+    assert not bad
+    assert table["kind"].to_list() == ["chat", "chat", "preference"]
+    assert table["line"].to_list() == [2, 5, 7]
+    asked = _ingest(tmp_path, {"b.csv": "question,answer\n물음,\n"}, kind="question", topic="advice")
+    assert (asked[0]["kind"].to_list(), asked[1]) == (["question"], [])
 
 
 def test_lines_end_in_one_way_and_no_system_message_is_empty(tmp_path: Path) -> None:

@@ -137,7 +137,8 @@ def test_any_bytes(tiny: Path, name: str, content: bytes) -> None:
 def test_csv(tiny: Path, cells: list[list[str]], ending: str) -> None:
     buffer = io.StringIO(newline="")
     csv.writer(buffer, lineterminator=ending, quoting=csv.QUOTE_ALL).writerows([["prompt", "completion"], *cells])
-    assert read("a.csv", buffer.getvalue().encode(), tiny) in (None, len(cells))
+    filled = [row for row in cells if any(map(str.strip, row))]  # empty ones are no rows
+    assert read("a.csv", buffer.getvalue().encode(), tiny) in (None, len(filled))
 
 
 @FUZZ
