@@ -31,11 +31,10 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
     from tasks import records as recs
 
     # of a row, only what decides where it goes, as numbers; all of it is read again for each part that is written
-    concept, turns = pl.col("concept"), _turns()
-    answered = pl.col("kind").is_in(["chat", "replay"])
+    concept, asked = pl.col("concept"), pl.col("asked")
     parts, inner, start = list[pl.DataFrame](), list[pl.DataFrame](), 0
     for part in recs.chunks(records):
-        seen = part.with_row_index("row", start).with_columns(turns=turns)
+        seen = part.with_row_index("row", start).with_columns(asked=_asked())
         start += part.height
         parts.append(
             seen.select(
@@ -43,15 +42,13 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
                 pl.col("kind", "wording", "split", "task").cast(pl.Categorical),
                 concept.hash(),
                 concept.map_elements(lambda name: _fraction(name, seed), return_dtype=pl.Float64).alias("at"),
-                _hash(pl.col("turns").list.head(pl.col("turns").list.len() - answered.cast(pl.UInt32))).alias("prompt"),
-                _hash(pl.col("turns")).alias("whole"),
+                _hash(asked).alias("prompt"),
             )
         )
-        long = seen.filter(answered, pl.col("turns").list.len() > 2)
-        ends = pl.int_ranges(2, pl.col("turns").list.len(), 2).alias("end")
-        inner.append(
-            long.select("row", "turns", ends).explode("end").select("row", _hash(pl.col("turns").list.head("end")))
-        )
+        # the prompts of the earlier answers, which are trained on too
+        long = seen.filter(asked.list.len() > 2)
+        ends = pl.int_ranges(1, asked.list.len(), 2).alias("end")
+        inner.append(long.select("row", "asked", ends).explode("end").select("row", _hash(asked.list.head("end"))))
     table, begins = pl.concat(parts), pl.concat(inner)
     chat, unasked = table.filter(kind="chat"), table.filter(kind="question")
     placed = chat.filter(pl.col("split").is_not_null())
@@ -70,9 +67,9 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
     )
     learnt = pl.col("concept").is_in(train["concept"].unique().implode())
     preferences, replay = table.filter(pl.col("kind").is_in(["preference", "ratings"])), table.filter(kind="replay")
-    # one turn of a log after another, each a row: what a longer one has with its answer is trained on
-    within = begins.filter(pl.col("row").is_in(train["row"].implode()))["turns"].unique()
-    inside = pl.col("whole").is_in(within.implode())
+    # one turn of a log after another, each a row: what a longer one asks on its way is trained on, with some answer
+    within = begins.filter(pl.col("row").is_in(train["row"].implode()))["asked"].unique()
+    inside = pl.col("prompt").is_in(within.implode())
     contained = free.filter(unseen & inside).height
     free_test = free.filter(unseen & ~inside)
     questions_test = [
@@ -80,9 +77,12 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
         several.filter(held_out, wording="test"),
     ]
     tested = pl.concat([free_test, placed.filter(split="test"), *questions_test])
-    asked = (
+    prompts = tested["prompt"].unique().implode()
+    asking = begins.filter(pl.col("asked").is_in(prompts))["row"].unique()
+    leaks = (
         pl.col("concept").is_in(tested["concept"].unique().implode())
-        | pl.col("prompt").is_in(tested["prompt"].unique().implode())
+        | pl.col("prompt").is_in(prompts)
+        | pl.col("row").is_in(asking.implode())
         | (pl.col("split") == "test").fill_null(False)
     )
     trained, new = (pl.lit(name, pl.Categorical).alias("set") for name in ("trained", "unseen"))
@@ -109,8 +109,8 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
             ]
         ),
         # what is about a question of the test would be trained on
-        "replay": replay.filter(~asked),
-        "preferences": preferences.filter(~asked),
+        "replay": replay.filter(~leaks),
+        "preferences": preferences.filter(~leaks),
     }
     if tables["train"].is_empty() and tables["preferences"].is_empty():
         raise UserError(
@@ -135,12 +135,14 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
     return ", ".join(f"{name} {part.height}" for name, part in tables.items())
 
 
-def _turns() -> "pl.Expr":
-    """What user and assistant say in turn, whatever its case and spacing."""
+def _asked() -> "pl.Expr":
+    """What user and assistant say in turn before the last answer, whatever its case and spacing."""
     import polars as pl
 
-    said = pl.element().filter(pl.element().struct["role"] != "system").struct["content"]
-    return pl.col("messages").list.eval(said.str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars())
+    said = pl.col("messages").list.eval(pl.element().filter(pl.element().struct["role"] != "system").struct["content"])
+    answered = pl.col("kind").is_in(["chat", "replay"]).cast(pl.UInt32)
+    plain = pl.element().str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars()
+    return said.list.head(said.list.len() - answered).list.eval(plain)
 
 
 def _hash(turns: "pl.Expr") -> "pl.Expr":

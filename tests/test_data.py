@@ -514,6 +514,45 @@ def test_a_test_row_that_a_longer_conversation_holds_is_not_asked(tmp_path: Path
     assert counts["test_in_longer"] == 120 - sum(parts[name].height for name in ("train", "validation", "test")) > 0
 
 
+def test_what_the_test_asks_is_no_turn_of_a_longer_row(tmp_path: Path) -> None:
+    """Each answer of a conversation is trained on: one that asks on its way what the test asks is left out, whatever it answers."""
+    chat = _chat(60)
+    first = [[*row["messages"], {"role": "user", "content": "and then?"}] for row in chat]
+    other = [row["messages"][:1] + [{"role": "assistant", "content": "else"}] + said[2:] for row, said in zip(chat, first, strict=True)]  # fmt: skip
+    asked = [
+        row
+        | {"kind": "question", "task": "advice", "concept": f"q{i}", "wording": None, "messages": row["messages"][:1]}
+        for i, row in enumerate(_chat(20, "asked"))
+    ]
+    longer = [
+        row
+        | {"kind": kind, "task": kind, "concept": f"{kind}{i}", "wording": None}
+        | (
+            {"messages": [*said, {"role": "assistant", "content": "done"}]}
+            if kind == "replay"
+            else {"messages": said, "chosen": "good", "rejected": "bad"}
+        )
+        for kind in ("preference", "replay")
+        for i, (row, said) in enumerate(
+            [
+                *zip(chat, other, strict=True),
+                *((q, [*q["messages"], {"role": "assistant", "content": "hm"}, first[0][2]]) for q in asked),
+            ]
+        )
+    ]
+    parts = _split(tmp_path, [*chat, *asked, *longer], test=0.3, validation=0.1, unknown=0.5)
+    tested = {row[0]["content"] for row in parts["test"]["messages"]}
+    assert len(tested) > 10
+    everything = {row["messages"][0]["content"] for row in [*chat, *asked]}
+    for name in ("preferences", "replay"):
+        assert {row[0]["content"] for row in parts[name]["messages"]} == everything - tested
+    trained = [row | {"concept": f"long{i}", "split": "train", "messages": [*said, {"role": "assistant", "content": "done"}]} for i, (row, said) in enumerate(zip(chat, other, strict=True))]  # fmt: skip
+    parts = _split(tmp_path, [*chat, *_chat(80)[60:], *trained], test=0.3, validation=0.1)
+    tested = {row[0]["content"] for row in parts["test"]["messages"]}
+    assert tested
+    assert not tested & everything
+
+
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"split\.test"):
         _split(tmp_path, _chat(5), test=1.0)
