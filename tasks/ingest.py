@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
     from tasks import records
 
 Row = dict[str, Any]
+CHOICES = 5  # multiple-choice rows of a file from which on it is odd that the first option is never right
 
 
 def run(raw: Path, out: Path, unreadable: Path, params: Ingest, seed: int) -> str:
     """Write every source's records to `out` (Parquet) and what can't be read to `unreadable` (JSONL).
 
     Raises:
-        UserError: a source is not there, is no data, or holds no row.
+        UserError: a source is not there, is no data, or holds no row, or counts options from 1.
     """
     from tasks import records
 
@@ -60,14 +62,24 @@ def _converted(source: Source, raw: Path, seed: int) -> Iterator[tuple[Row, bool
     if source.package:
         yield from ((row, True) for row in _package(source, seed))
         return
+    choices = Counter[tuple[str, str]]()  # of a file, by whether an answer tells from where it is counted
     for name, line, row, content in _rows(source, raw):
         try:
             if isinstance(row, records.Unreadable):
                 raise row
-            yield {**records.convert(row, source), "source": name, "line": line}, True
+            good = records.convert(row, source)
+            if good["kind"] == "choice":
+                choices[name, "first" if good["answer"] == 0 else "within"] += 1
+            yield {**good, "source": name, "line": line}, True
         except records.Unreadable as error:
+            if isinstance(error, records.Beyond):
+                choices[name, "beyond"] += 1
             where = {"source": name, "line": line, "column": error.column, "check": error.check}
             yield {**where, "reason": str(error), "content": content}, False
+    for name in sorted({name for name, _ in choices}):
+        first, within, beyond = (choices[name, where] for where in ("first", "within", "beyond"))
+        if beyond and not first and within + beyond >= CHOICES:  # the others would be taken for the option behind
+            raise UserError(f"{name}: answers look counted from 1; `answer` is counted from 0")
 
 
 def _rows(source: Source, raw: Path) -> Iterator[tuple[str, int, "Row | records.Unreadable", str]]:

@@ -257,6 +257,10 @@ class Unreadable(ValueError):
         self.column, self.check = column, check
 
 
+class Beyond(Unreadable):
+    """The answer of a multiple choice that is the number of its options: their last one, if it is counted from 1."""
+
+
 class Cells(dict[str, Any]):
     """A row of a CSV file, in which all values are texts."""
 
@@ -453,6 +457,10 @@ def _detect(keys: set[str]) -> str:
         return "alpaca"
     if {"question", "options", "answer"} <= keys:
         return "choice"
+    if "question" in keys and ("choices" in keys or {"A", "B"} <= keys):
+        raise Unreadable(
+            "(row)", "format", "multiple choice: columns `question`, `options` (a list), `answer` (from 0)"
+        )
     if "question" in keys:
         answered = sorted(keys & {"answer", "answers", "response", "output", "completion", "solution", "target"})
         if answered:
@@ -506,11 +514,13 @@ def convert(row: dict[str, Any], source: Source) -> dict[str, Any]:
             out["answer"] = _integer(row["answer"])
         except ValueError:
             raise Unreadable(
-                "answer", "type", f"expected the index of an option, found {short(row['answer'])}"
+                "answer", "type", f"expected the index of an option (from 0), found {short(row['answer'])}"
             ) from None
-        different = len(set(out["options"]))
-        if not 0 <= out["answer"] < len(out["options"]) or different < max(2, len(out["options"])):
+        if len(set(out["options"])) < max(2, len(out["options"])):
             raise Unreadable("options", "choice", "expected two or more different options and the index of one")
+        if not 0 <= out["answer"] < len(out["options"]):
+            kind = Beyond if out["answer"] == len(out["options"]) else Unreadable
+            raise kind("answer", "choice", f"answer {out['answer']} of {len(out['options'])} options, counted from 0")
     elif form == "question":
         out["kind"] = "question"
         out["messages"] = _turns(("user", _string(row, "question")))
@@ -619,13 +629,14 @@ def _turns(*turns: tuple[str, Any]) -> list[dict[str, str]]:
 
 def _json_list(row: dict[str, Any], column: str) -> list[Any]:
     value = row.get(column)
+    example = ' such as ["one", "two"]' if column in ("options", "responses") else ""
     if isinstance(value, str):  # a CSV cell
         try:
             value = _parse(value)
         except ValueError as error:
-            raise Unreadable(column, "json", f"expected a JSON list: {error}") from None
+            raise Unreadable(column, "json", f"expected a JSON list{example}: {error}") from None
     if not isinstance(value, list):
-        raise Unreadable(column, "type", f"expected a list, found {type(value).__name__}")
+        raise Unreadable(column, "type", f"expected a list{example}, found {type(value).__name__}")
     return value
 
 

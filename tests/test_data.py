@@ -346,6 +346,42 @@ def test_empty_cells_of_a_table_say_nothing(tmp_path: Path) -> None:
     assert (asked[0]["kind"].to_list(), asked[1]) == (["question"], [])
 
 
+def _choices(*answers: object) -> str:
+    rows = [{"question": f"q{i}", "options": ["a", "b", "c", "d"], "answer": a} for i, a in enumerate(answers)]
+    return "\n".join(map(json.dumps, rows))
+
+
+def test_options_counted_from_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^data/raw/a\.jsonl: answers look counted from 1; `answer` is counted from 0$"
+    ):
+        _ingest(tmp_path, {"a.jsonl": _choices(1, 2, 3, 4, "4")}, kind="choice")
+    table, bad = _ingest(tmp_path, {"a.jsonl": _choices(0, 2, 3, 4, 1)}, kind="choice")  # one says otherwise
+    assert (table["answer"].to_list(), [row["reason"] for row in bad]) == (
+        [0, 2, 3, 1],
+        ["answer 4 of 4 options, counted from 0"],
+    )
+    few, _ = _ingest(tmp_path, {"a.jsonl": _choices(1, 2, 3, 4)}, kind="choice")
+    assert few.height == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"options": ["a", "b"], "answer": "B"}, "expected the index of an option (from 0), found 'B'"),
+        ({"options": ["a", "b"], "answer": 5}, "answer 5 of 2 options, counted from 0"),
+        ({"options": "a, b", "answer": 0}, 'expected a JSON list such as ["one", "two"]: Expecting'),
+        ({"options": {"A": "a"}, "answer": 0}, 'expected a list such as ["one", "two"], found dict'),
+        ({"A": "a", "B": "b", "C": "c", "D": "d", "answer": 1}, "multiple choice: columns `question`, `options`"),
+        ({"choices": ["a", "b"], "answer": 1}, "multiple choice: columns `question`, `options` (a list), `answer` (f"),
+    ],
+)
+def test_what_is_wrong_with_a_choice_is_said(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(records.Unreadable) as error:
+        records.convert({"question": "q"} | row, Source(path="data/raw/a", kind="choice"))
+    assert str(error.value).startswith(reason)
+
+
 def test_lines_end_in_one_way_and_no_system_message_is_empty(tmp_path: Path) -> None:
     turns = [{"from": "system", "value": " "}, {"from": "human", "value": "a\r\nb"}, {"from": "gpt", "value": "c\rd"}]
     table, bad = _ingest(tmp_path, {"a.jsonl": json.dumps({"conversations": turns})})
@@ -518,7 +554,7 @@ def test_what_the_test_asks_is_no_turn_of_a_longer_row(tmp_path: Path) -> None:
     """Each answer of a conversation is trained on: one that asks on its way what the test asks is left out, whatever it answers."""
     chat = _chat(60)
     first = [[*row["messages"], {"role": "user", "content": "and then?"}] for row in chat]
-    other = [row["messages"][:1] + [{"role": "assistant", "content": "else"}] + said[2:] for row, said in zip(chat, first, strict=True)]  # fmt: skip
+    other = [[*row["messages"][:1], {"role": "assistant", "content": "else"}, *said[2:]] for row, said in zip(chat, first, strict=True)]  # fmt: skip
     asked = [
         row
         | {"kind": "question", "task": "advice", "concept": f"q{i}", "wording": None, "messages": row["messages"][:1]}
