@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from tasks import phenotype, stage
-from tasks.params import Ingest, Source, UserError
+from tasks.params import Ingest, Source, UserError, short
 
 if TYPE_CHECKING:
     from tasks import records
@@ -33,12 +33,13 @@ def run(raw: Path, out: Path, unreadable: Path, params: Ingest, seed: int) -> st
     from tasks import records
 
     count = {"good": 0, "bad": 0}
+    unread: dict[str, dict[str, int]] = {}  # file: column: rows
 
     def good(put: Callable[[Row], None]) -> Iterator[Row]:
         first: Row | None = None
         for source in params.sources:
             before = sum(count.values())
-            for row, fine in _converted(source, raw, seed):
+            for row, fine in _converted(source, raw, seed, unread):
                 count["good" if fine else "bad"] += 1
                 if fine:
                     yield row
@@ -52,11 +53,27 @@ def run(raw: Path, out: Path, unreadable: Path, params: Ingest, seed: int) -> st
 
     with records.jsonl(unreadable) as put:
         records.write(records.frames(good(put)), out)
-    return f"{count['good']} records from {len(params.sources)} sources, {count['bad']} unreadable"
+    said = f"{count['good']} records from {len(params.sources)} sources, {count['bad']} unreadable"
+    return "; ".join([said, *_left_out(unread)])
 
 
-def _converted(source: Source, raw: Path, seed: int) -> Iterator[tuple[Row, bool]]:
-    """Rows of a source: (record, True), or (what is wrong and the original content, False)."""
+def _left_out(unread: dict[str, dict[str, int]], files: int = 5, names: int = 5) -> Iterator[str]:
+    """Which columns nobody reads: the most frequent ones of the first files."""
+    named = [(file, columns) for file, columns in unread.items() if columns]
+    for file, columns in named[:files]:
+        most = sorted(columns.items(), key=lambda item: (-item[1], item[0]))
+        said = [
+            f"{name if name.isidentifier() and len(name) < 60 else short(name)} in {n} {'row' if n == 1 else 'rows'}"
+            for name, n in most[:names]
+        ]
+        more = [f"{len(most) - names} more"] if len(most) > names else []
+        yield f"{file}: not read: {', '.join(said + more)}"
+    if len(named) > files:
+        yield f"columns that are not read in {len(named) - files} more files"
+
+
+def _converted(source: Source, raw: Path, seed: int, unread: dict[str, dict[str, int]]) -> Iterator[tuple[Row, bool]]:
+    """Rows of a source: (record, True), or (what is wrong and the original content, False); `unread` counts as in `convert`."""
     from tasks import records
 
     if source.package:
@@ -67,7 +84,7 @@ def _converted(source: Source, raw: Path, seed: int) -> Iterator[tuple[Row, bool
         try:
             if isinstance(row, records.Unreadable):
                 raise row
-            good = records.convert(row, source)
+            good = records.convert(row, source, unread.setdefault(name, {}))
             if good["kind"] == "choice":
                 choices[name, "first" if good["answer"] == 0 else "within"] += 1
             yield {**good, "source": name, "line": line}, True

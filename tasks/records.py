@@ -69,6 +69,7 @@ MESSAGES = re.compile(r"""\s*(?:\[\s*\{\s*['"](?:role|from|content|value)|\{\s*[
 ROLE = re.compile(rf"""['"](?:role|from)['"]\s*:\s*['"](?:{"|".join(ROLES)})['"]""")
 LONGEST_ROW = 20_000_000  # bytes of a line, characters of a row's texts; a longer one is quarantined
 LONGEST_NAME = 1_000  # characters of a concept, topic, term, …
+MOST_NAMES = 1_000  # columns counted that nobody reads: keys may be data
 # Combining marks one after another: UAX 15 ("Stream-Safe Text Format") allows 30, and no language comes near. Bringing n of
 # them into order takes n² steps, so that 100 kB would take seconds and 10 MB a day.
 MARKS = 30
@@ -448,6 +449,8 @@ def _detect(keys: set[str]) -> str:
     if {"responses", "ratings"} <= keys:
         return "ratings"
     if "messages" in keys:
+        if beside := sorted(keys & {"chosen", "rejected"}):
+            raise Unreadable(beside[0], "format", "beside `messages`: name the column of the prompt `prompt`")
         return "messages"
     if "conversations" in keys:
         return "sharegpt"
@@ -471,8 +474,39 @@ def _detect(keys: set[str]) -> str:
     raise Unreadable("(row)", "format", f"columns {short(sorted(map(str, keys)))} are those of no known format")
 
 
-def convert(row: dict[str, Any], source: Source) -> dict[str, Any]:
+# What is read of a row: of every one, and of each format. An `id` is not, but says nothing either.
+_ALWAYS = frozenset({"id", "concept", "topic", "task", "term", "lay", "license", "wording", "split"})
+_READ = {
+    form: _ALWAYS | set(columns.split())
+    for form, columns in {
+        "alpaca": "instruction input output system history",
+        "completion": "prompt completion system",
+        "messages": "messages system",
+        "sharegpt": "conversations system",
+        "ranking": "conversations chosen rejected system",
+        "ratings": "prompt responses ratings system",
+        "choice": "question options answer",
+        "question": "question",
+    }.items()
+}
+
+
+def _unread(row: dict[str, Any], form: str) -> Iterator[str]:
+    """Columns that say something which nobody reads."""
+    if form == "preference":
+        prompt = next((name for name in ("prompt", "instruction", "question") if row.get(name) is not None), "prompt")
+        more = {"instruction", "input", "history"} if prompt == "instruction" else {prompt}
+        read = _ALWAYS | more | {"chosen", "rejected", "system"}
+    else:
+        read = _READ[form]
+    return (name for name in row.keys() - read if row[name] is not None and row[name] != "" and row[name] != [])
+
+
+def convert(row: dict[str, Any], source: Source, unread: dict[str, int] | None = None) -> dict[str, Any]:
     """A row of any known format in canonical columns (`id`, `line` and `source` are the caller's).
+
+    Args:
+        unread: takes the number of rows in which a column is not read.
 
     Raises:
         Unreadable: naming the column at fault.
@@ -548,6 +582,10 @@ def convert(row: dict[str, Any], source: Source) -> dict[str, Any]:
             raise Unreadable("topic", "topic", f"{expected}; one with its answer has columns `prompt` and `completion`")
     out["task"] = out["task"] or out["kind"]
     out["license"] = out["license"] or source.license
+    if unread is not None:
+        for name in _unread(row, form):
+            if name in unread or len(unread) < MOST_NAMES:
+                unread[name] = unread.get(name, 0) + 1
     normal, size = {}, 0
     for key, value in out.items():
         normal[key], length = _nfc(key, value)
@@ -652,6 +690,8 @@ def _conversation(row: dict[str, Any], column: str, system: str = "") -> list[di
             )
         if turn.get("tool_calls"):
             raise Unreadable(column, "turn", f"turn {index + 1}: tool calls are not read")
+        if turn.get("function_call"):
+            raise Unreadable(column, "turn", f"turn {index + 1}: function calls are not read")
         if turn.get("weight") == 0:
             raise Unreadable(
                 column, "turn", f"turn {index + 1}: an answer that is not to be trained (`weight: 0`) would be"

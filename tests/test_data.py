@@ -250,7 +250,38 @@ def test_tables_say_only_what_is_filled() -> None:
     assert records.convert(row | {"task": "qa"}, Source(path="data/raw/a"))["task"] == "answer"
 
 
-@pytest.mark.parametrize("more", [{"tool_calls": [{"id": 1}]}, {"weight": 0}])
+def test_columns_that_nobody_reads_are_named(tmp_path: Path) -> None:
+    said = {"prompt": "q", "completion": "a", "id": 7, "topic": "t"}
+    rows = [said | {"context": "c", "Split": "test"}, said | {"context": ""}, said | {"a\nb": 1, "context": "c"}]
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/law.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    talks = [
+        {"messages": [ASKED, {"role": "assistant", "content": "a"}], "prompt": "q"} | {f"x{n}": 1 for n in range(9)}
+    ]
+    (tmp_path / "raw/b.jsonl").write_text("\n".join(map(json.dumps, talks)))
+    (tmp_path / "raw/c.jsonl").write_text(
+        json.dumps({"prompt": "q", "messages": [ASKED], "chosen": "a", "rejected": "b"})
+    )
+    (tmp_path / "raw/d.jsonl").write_text(
+        json.dumps({"instruction": "q", "input": "i", "chosen": "a", "rejected": "b"})
+    )
+    sources = [Source(path=f"data/raw/{name}.jsonl") for name in ("law", "b", "c", "d")]
+    found = ingest.run(tmp_path / "raw", tmp_path / "o.parquet", tmp_path / "u.jsonl", Ingest(sources=sources), 1)
+    assert found.split("; ") == [
+        "6 records from 4 sources, 0 unreadable",
+        "data/raw/law.jsonl: not read: context in 2 rows, Split in 1 row, 'a\\nb' in 1 row",
+        "data/raw/b.jsonl: not read: prompt in 1 row, x0 in 1 row, x1 in 1 row, x2 in 1 row, x3 in 1 row, 5 more",
+        "data/raw/c.jsonl: not read: messages in 1 row",
+    ]
+
+
+def test_sides_beside_messages_do_not_vanish(tmp_path: Path) -> None:
+    row = {"messages": [ASKED, {"role": "assistant", "content": "a"}], "chosen": "a", "rejected": "b"}
+    with pytest.raises(records.Unreadable, match=r"beside `messages`: name the column of the prompt `prompt`"):
+        records.convert(row, Source(path="data/raw/a"))
+
+
+@pytest.mark.parametrize("more", [{"tool_calls": [{"id": 1}]}, {"function_call": {"name": "f"}}, {"weight": 0}])
 def test_turns_that_are_not_read_are_named(more: dict[str, Any]) -> None:
     row = {"messages": [ASKED, {"role": "assistant", "content": "a"} | more]}
     with pytest.raises(records.Unreadable, match="turn 2"):
