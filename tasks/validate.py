@@ -74,8 +74,8 @@ def run(
     tokenizer only. Lengths are tokens of the texts alone: what the chat template adds is counted by `template`.
 
     Raises:
-        UserError: more than `params.max_quarantine` of the rows are rejected, or no row is left; `quarantine` and
-            `metrics` are written nevertheless.
+        UserError: more than `params.max_quarantine` of the rows are rejected, all of a source, or no row is left; `quarantine`
+            and `metrics` are written nevertheless.
     """
     import numpy as np
     import pandera.polars as pa
@@ -120,11 +120,13 @@ def run(
     assert kept.height + out_of_it == rows, f"{rows} rows in, {kept.height} out, {out_of_it} quarantined"
 
     failed, first, lost = Counter[str](), dict[str, str](), Counter[str | None]()
+    why = defaultdict[str | None, dict[str, Row]](dict)  # source: check: the first row that fails it
 
     def rejected() -> Iterator[Row]:
         sound = (_quarantined(row, found[i]) for i, row in texts(found.keys()))
         for row in chain(sound, _unread(unreadable)):
             lost[row["source"]] += 1
+            why[row["source"]].setdefault(row["check"], {"line": row["line"], "reason": row["reason"]})
             for check in {row["check"], *(other["check"] for other in row["also"])}:
                 failed[check] += 1
                 first.setdefault(check, _where(row))
@@ -134,8 +136,11 @@ def run(
     checks = sorted(failed.items(), key=lambda item: (-item[1], item[0]))
     share = out_of_it / rows if rows else 0.0
     topics, warnings = _topics(kept, params.max_topic_share)
-    lengths = np.sort(np.concatenate(counted)[passed]).tolist() or [0]
     sources = Counter[str | None](light["source"]) + unread
+    gone = [source for source in sources if lost[source] == sources[source]]
+    copies = [source for source in gone if why[source].keys() <= {"duplicate", "near_duplicate"}]
+    warnings += [f"warning: {source}: all {sources[source]} rows are copies of others" for source in copies]
+    lengths = np.sort(np.concatenate(counted)[passed]).tolist() or [0]
     counts = {
         "rows_in": rows,
         "rows_out": kept.height,
@@ -158,6 +163,14 @@ def run(
         )
         worst = ", ".join(f"{check} {count} (as {first[check]})" for check, count in checks[:3])
         raise UserError(f"{said}, {limit}: {worst or 'no rows came in'}; look at {quarantine}")
+    # a test of nine rows is lost in thousands of others; where all may fail, nothing is meant to stop
+    for source in gone if params.max_quarantine < 1 else ():
+        if source not in copies:
+            checks_of = [f"{check} (line {row['line']}: {row['reason']})" for check, row in why[source].items()]
+            raise UserError(
+                f"{source}: all {sources[source]} rows are quarantined: {', '.join(checks_of[:3])}; look at {quarantine}, "
+                "mend the file or take it out of ingest.sources"
+            )
     pa.DataFrameSchema({"id": pa.Column(pl.UInt64, unique=True)}).validate(kept.select("id"))
     schema = recs.schema()
     parts = (table.filter(passed[start : start + table.height]) for start, table in _pieces(records))

@@ -463,6 +463,23 @@ def test_more_than_the_limit_fails_and_says_what_to_look_at(run: Run, tmp_path: 
     assert run(*rows, max_quarantine=5 / 7).kept == [6, 7]
 
 
+def test_a_source_that_is_lost_as_a_whole_fails(run: Run, tmp_path: Path) -> None:
+    """However few its rows are beside the others; copies of others are nothing lost."""
+    rows = [chat(f"q{n}", f"a{n}") for n in range(98)]
+    bad = {"line": 3, "column": "answer", "check": "type", "reason": "expected text", "content": "{}"}
+    test = "data/raw/law_test.jsonl"
+    with pytest.raises(UserError) as error:
+        run(*rows, chat("q", "", source=test), unread=[bad | {"source": test}], max_quarantine=0.05)
+    assert str(error.value).startswith(
+        f"{test}: all 2 rows are quarantined: empty (line 99: no visible character), type (line 3: expected text); look"
+    )
+    assert not (tmp_path / "out.parquet").exists()
+    assert run(*rows, chat("q", "", source=test), chat("q", "r", source=test), max_quarantine=0.05).kept[-1] == 102
+    assert run(*rows, chat("q", "", source=test), max_quarantine=1.0).kept
+    result = run(*rows, *({**row, "source": test} for row in rows[:2]), max_quarantine=0.05)
+    assert result.metrics["warnings"] == [f"warning: {test}: all 2 rows are copies of others"]
+
+
 def test_no_row_left_fails(tmp_path: Path, base: Path) -> None:
     with pytest.raises(UserError, match=r"1 of 1 rows \(100.00%\) quarantined, no row is left: empty 1"):
         execute(tmp_path, base, [chat("", "a")], [])
