@@ -59,6 +59,10 @@ def run(
         pairs, dropped, agreement = (
             (given(table), {}, None) if params.mode == "given" else rated(table, params.min_agreement)
         )
+    if params.mode in ("given", "ratings"):  # what a table of both has of the other kind is not trained on
+        other = "ratings" if params.mode == "given" else "preference"
+        if rows := table.filter(kind=other).height:
+            dropped[f"rows of kind {other}, and pair.mode is {params.mode}"] = rows
     short = [pair for pair in pairs if _tokens(pair, tokenizer, template) <= template.max_length]
     if len(short) < len(pairs):
         dropped["longer than template.max_length"] = len(pairs) - len(short)

@@ -743,6 +743,26 @@ def test_given_pairs_pass_and_equal_sides_do_not(tmp_path: Path, tiny: Path) -> 
         run([good | {"concept": "1", "chosen": "x"}][:0])
 
 
+@pytest.mark.parametrize(("mode", "other"), [("given", "ratings"), ("ratings", "preference")])
+def test_rows_of_the_other_kind_are_counted(tmp_path: Path, tiny: Path, mode: Any, other: str) -> None:
+    sides = {"kind": "preference", "task": "preference", "chosen": "good", "rejected": "bad"}
+    rows = [_rated([5, 1]) | {"concept": f"r{i}"} | (sides if i % 3 else {}) for i in range(6)]
+    (tmp_path / "rows").mkdir()
+    records.write(records.frame(rows), tmp_path / "rows/preferences.parquet")
+
+    def run(least: int) -> Any:
+        pair.run(
+            tmp_path / "rows", tiny, tiny, tmp_path / "p.parquet", tmp_path / "m.json", tmp_path / "b.csv",
+            params=Pair(mode=mode, min_pairs=least), template=Template(), quantization=None, generation={}, seed=1,
+        )  # fmt: skip
+        return json.loads((tmp_path / "m.json").read_text())["dropped"]
+
+    said = f"rows of kind {other}, and pair.mode is {mode}"
+    assert run(1) == {said: 2 if other == "ratings" else 4}
+    with pytest.raises(UserError, match=f"dropped: .*{said}"):
+        run(9)
+
+
 def test_pairs_that_are_too_long_are_dropped_or_too_many(tmp_path: Path, tiny: Path) -> None:
     rows = [
         {
