@@ -67,6 +67,10 @@ ROLES = {
 # how messages begin in a text, as JSON or as Python prints them, and what tells them from any other JSON
 MESSAGES = re.compile(r"""\s*(?:\[\s*\{\s*['"](?:role|from|content|value)|\{\s*['"](?:role|from))['"]\s*:""")
 ROLE = re.compile(rf"""['"](?:role|from)['"]\s*:\s*['"](?:{"|".join(ROLES)})['"]""")
+# What may stand before and behind a prompt without making another one: spaces, sentence marks, emoji. Signs of code, numbers
+# and formulas (C++, -5, 20 %, #1) are none. Read alike by Python's and Rust's regex engines.
+_AROUND = "\\s\"'“”‘’«»「」『』\u2600-\u27bf\u2b00-\u2bff\ufe0f\u200d\u20e3\U0001f000-\U0001faff"
+BEFORE, BEHIND = f"[{_AROUND}¿¡]", f"[{_AROUND}.!?,:;~…。、·،؛؟।]"
 LONGEST_ROW = 20_000_000  # bytes of a line, characters of a row's texts; a longer one is quarantined
 LONGEST_NAME = 1_000  # characters of a concept, topic, term, …
 MOST_NAMES = 1_000  # columns counted that nobody reads: keys may be data
@@ -615,6 +619,24 @@ def _nfc(column: str, value: Any) -> tuple[Any, int]:
         parts = [part for part, _ in items]
         return dict(zip(value, parts, strict=True)) if isinstance(value, dict) else parts, sum(n for _, n in items)
     return value, 0
+
+
+def bare(text: str) -> str:
+    """A prompt (in lower case, single spaces) whatever its width and the punctuation around it; of marks alone, they are left."""
+    if not text.isascii() and (wide := unicodedata.normalize("NFKC", text)) != text:
+        text = " ".join(wide.casefold().split())
+    before, behind = _edges()
+    start, stop = 0, len(text)
+    while stop and text[stop - 1] in behind:
+        stop -= 1
+    while start < stop and text[start] in before:
+        start += 1
+    return text[start:stop] or text
+
+
+@functools.cache
+def _edges() -> list[frozenset[str]]:
+    return [frozenset(re.findall(edge, "".join(map(chr, range(0x1FB00))))) for edge in (BEFORE, BEHIND)]
 
 
 @functools.cache

@@ -136,13 +136,16 @@ def run(records: Path, out: Path, metrics: Path, params: Split, seed: int) -> st
 
 
 def _asked() -> "pl.Expr":
-    """What user and assistant say in turn before the last answer, whatever its case and spacing."""
+    """What user and assistant say in turn before the last answer, as `records.bare` has it."""
     import polars as pl
+
+    from tasks import records as recs
 
     said = pl.col("messages").list.eval(pl.element().filter(pl.element().struct["role"] != "system").struct["content"])
     answered = pl.col("kind").is_in(["chat", "replay"]).cast(pl.UInt32)
-    plain = pl.element().str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars()
-    return said.list.head(said.list.len() - answered).list.eval(plain)
+    plain = pl.element().str.normalize("NFKC").str.to_lowercase().str.replace_all(r"\s+", " ")
+    bare = plain.str.replace(f"^{recs.BEFORE}+", "").str.replace(f"{recs.BEHIND}+$", "")
+    return said.list.head(said.list.len() - answered).list.eval(pl.when(bare == "").then(plain).otherwise(bare))
 
 
 def _hash(turns: "pl.Expr") -> "pl.Expr":

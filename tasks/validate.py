@@ -458,6 +458,8 @@ def _prints(rows: Iterable[tuple[int, Row]], threshold: float) -> Prints:
     import numpy as np
     import rensa
 
+    from tasks import records as recs
+
     whole, prompts, prose = list[tuple[int, ...]](), list[tuple[int, int, bool]](), list[tuple[int, int]]()
     digests = list[list[int]]()
     for i, row in rows:
@@ -468,10 +470,11 @@ def _prints(rows: Iterable[tuple[int, Row]], threshold: float) -> Prints:
         copy = _hash([row["kind"], test, every, *more, row["answer"], row["ratings"]])
         claim, answer = _claim(row, every)
         whole.append((i, copy, 0 if claim is None else _hash(claim), _hash(answer)))
+        bare = [recs.bare(text) for text in (turns[:-1] if row["kind"] in ("chat", "replay") else turns)]
         if test:
-            prompts.append((i, _hash(turns[: -1 if row["kind"] == "chat" else None]), True))
+            prompts.append((i, _hash(bare), True))
         else:
-            prompts += [(i, _hash(turns[:n]), False) for n in range(1, len(turns) + 1, 2)]
+            prompts += [(i, _hash(bare[:n]), False) for n in range(1, len(bare) + 1, 2)]
         if found := _prose(row, every, turns):
             group, said = found
             sketch = rensa.RMinHash(PERMUTATIONS, 0)

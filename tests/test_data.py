@@ -620,6 +620,26 @@ def test_what_the_test_asks_is_no_turn_of_a_longer_row(tmp_path: Path) -> None:
     assert not tested & everything
 
 
+@pytest.mark.parametrize("form", ["{}", "{}？", "{} 😊", "「{}。」", "Ｑ{}!"])
+def test_a_prompt_is_the_same_however_it_is_punctuated(tmp_path: Path, form: str) -> None:
+    chat = [
+        row | {"messages": [{"role": "user", "content": f"Q {row['concept']}?"}, row["messages"][1]]}
+        for row in _chat(40)
+    ]
+    replay = [
+        row
+        | {"kind": "replay", "concept": f"r{i}"}
+        | {"messages": [{"role": "user", "content": form.format(f"Q c{i}").replace("ＱQ", "Ｑ")}, row["messages"][1]]}
+        for i, row in enumerate(chat)
+    ]
+    parts = _split(tmp_path, [*chat, *replay], test=0.3)
+    assert parts["test"].height > 5
+    assert parts["replay"].height == 40 - parts["test"].height
+    said = [" ".join(row["messages"][0]["content"].casefold().split()) for row in replay]
+    found = records.frame(replay).select(split._asked())["messages"].to_list()
+    assert [[records.bare(text)] for text in said] == found  # as `validate` compares
+
+
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"split\.test"):
         _split(tmp_path, _chat(5), test=1.0)

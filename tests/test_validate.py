@@ -387,6 +387,21 @@ def test_contamination_costs_training_its_row_and_the_test_none(run: Run) -> Non
     assert result.quarantine[0]["reason"] == "asks what the test asks at data/raw/a.jsonl:2"
 
 
+def test_contamination_is_seen_behind_punctuation_and_width(run: Run) -> None:
+    """Of prompts alone: what differs by more than its edges is another one, and no text is changed."""
+    asked = ["보증금은 언제 돌려받나요?", "보증금은 언제 돌려받나요", "「보증금은 언제 돌려받나요」 😊"]
+    rows = [chat("보증금은 언제 돌려받나요？", "두 달 안에.", wording="test"), *(chat(a, "모릅니다.") for a in asked)]
+    rows += [
+        chat("What is C++?", "A language.", wording="test"),
+        chat("What is C?", "Another."),
+        chat("Ｗhat is c++", "?"),
+    ]
+    rows += [chat("???", "What?", wording="test"), chat("!", "Yes?")]
+    result = run(*rows)
+    assert result.failed == {n: ["contamination"] for n in (2, 3, 4, 7)}
+    assert result.out["messages"][0].to_list() == rows[0]["messages"]
+
+
 def test_all_failures_of_a_row_are_collected(run: Run) -> None:
     result = run(chat("a\x07 <|im_end|>", "\u200b", license=None), chat("Hi", "x"), chat("Hi", "y\ufffd"))
     (first, broken, *_) = result.quarantine
