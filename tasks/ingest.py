@@ -5,6 +5,7 @@ preferences, LLaMA-Factory rankings, per-annotator ratings), Hub datasets with a
 that can't be read is not lost: it goes to `unreadable.jsonl`, and from there to the quarantine of `validate`.
 """
 
+import fnmatch
 import hashlib
 import importlib.util
 import os
@@ -136,7 +137,7 @@ def _files(path: str, raw: Path) -> list[Path]:
         for _ in os.walk(raw, onerror=_fail):  # a pattern would pass over a folder that may not be entered
             pass
         # a file's own name comes first, for it may look like a pattern; a pattern would pass over a link to nothing
-        found = [raw / below] if os.path.lexists(raw / below) else _named(below, raw) or sorted(raw.glob(below))
+        found = [raw / below] if os.path.lexists(raw / below) else _named(below, raw) or _matching(below, raw)
     except OSError as error:
         raise UserError(f"{error.filename or path}: can't be read: {error.strerror}") from None
     except ValueError as error:
@@ -156,6 +157,24 @@ def _files(path: str, raw: Path) -> list[Path]:
 def _named(name: str, raw: Path) -> list[Path]:
     """Files whose names differ from `name` in composition alone: macOS writes 법 as three letters, a keyboard as one."""
     return sorted(file for file in raw.rglob("*") if _composed(file.relative_to(raw)) == _composed(name))
+
+
+def _matching(pattern: str, raw: Path) -> list[Path]:
+    """What a pattern names, however its letters and those of files and folders are composed."""
+    found = {*raw.glob(pattern)}
+    if not pattern.isascii():
+        wanted = _composed(pattern).split("/")
+        found |= {file for file in raw.rglob("*") if _matches(_composed(file.relative_to(raw)).split("/"), wanted)}
+    return sorted(found)
+
+
+def _matches(names: list[str], pattern: list[str]) -> bool:
+    """`Path.glob` on names alone, but that `**` at the end stands for folders."""
+    if not names or not pattern:
+        return not names and not pattern
+    if pattern[0] == "**":
+        return _matches(names, pattern[1:]) or _matches(names[1:], pattern)
+    return fnmatch.fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
 
 
 def _composed(name: Path | str) -> str:

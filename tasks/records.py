@@ -319,7 +319,7 @@ def _json_line(line: bytes) -> tuple[dict[str, Any] | Unreadable, str]:
     try:
         return _object(_parse(line.decode("utf-8"))), content
     except UnicodeDecodeError as error:
-        return Unreadable("(row)", "encoding", f"not UTF-8 at byte {error.start}"), content
+        return Unreadable("(row)", "encoding", f"not UTF-8 at byte {error.start}; save the file as UTF-8"), content
     except ValueError as error:
         return Unreadable("(row)", "json", f"not valid JSON: {error}"), content
 
@@ -387,7 +387,8 @@ def _text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        excel = " (Excel: 'CSV UTF-8')" if path.suffix.lower() == ".csv" else ""
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8{excel}") from None
 
 
 def content(row: object) -> str:

@@ -232,6 +232,9 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "UTF-16, big-endian": ("a.csv", b"\xfe\xff" + "prompt".encode("utf-16-be"), "but UTF-16: save it as UTF-8"),
     "UTF-16 without mark": ("a.json", f"[{GOOD.decode()}]".encode("utf-16-le"), "not valid JSON"),
     "Latin-1 as CSV": ("a.csv", "prompt,completion\ncafé,b".encode("latin-1"), "not UTF-8 at byte 21"),
+    "CP949 as CSV": ("a.csv", "prompt,completion\n질문,답".encode("cp949"), "not UTF-8 at byte 18; save it as UTF-8 (Excel: 'CSV UTF-8')"),
+    "CP949 in the names of a CSV": ("a.csv", "질문,답\na,b".encode("cp949"), "save it as UTF-8 (Excel: 'CSV UTF-8')"),
+    "CP949 as .jsonl": ("a.jsonl", '{"prompt": "질문", "completion": "답"}'.encode("cp949"), "not UTF-8 at byte 12; save the file as UTF-8"),
     "gzip as .jsonl": ("a.jsonl", gzip.compress(GOOD), "but gzip: unpack it"),
     "zstd as .json": ("a.json", b"\x28\xb5\x2f\xfd\x04\x00", "but zstd: unpack it"),
     "a spreadsheet as CSV": ("a.csv", b"PK\x03\x04\x14\x00", "a zip archive or a spreadsheet"),
@@ -474,6 +477,27 @@ def test_what_may_not_be_read_is_named(tmp_path: Path) -> None:
     (repo / "params.yaml").chmod(0)
     done = forbidden("env", f"PYTHONPATH={ROOT}", *command, cwd=repo)
     assert done.stderr.strip() == "ingest: params.yaml: can't be read: Permission denied"
+
+
+@pytest.mark.parametrize("path", ["법률/*.jsonl", "**/계약*.jsonl", "법률/계약?.jsonl", "**/법률/**/[계]약1.jsonl"])
+@pytest.mark.parametrize("forms", [("NFD", "NFC"), ("NFC", "NFD"), ("NFD", "NFD")])
+def test_a_pattern_is_met_however_its_letters_are_composed(raw: Path, path: str, forms: tuple[str, str]) -> None:
+    """Of a folder that holds both; what the pattern does not name is not read."""
+    folder, typed = unicodedata.normalize(forms[0], "법률"), unicodedata.normalize(forms[1], path)
+    (raw / folder / "하위").mkdir(parents=True)
+    (raw / folder / unicodedata.normalize("NFD", "계약1.jsonl")).write_bytes(pair())
+    (raw / folder / "하위/다른.jsonl").write_bytes(pair())
+    (raw / "민법.jsonl").write_bytes(pair())
+    read(raw, typed)
+    assert records.read(raw.parent / "records.parquet")["source"].to_list() == ["data/raw/법률/계약1.jsonl"]
+
+
+def test_a_pattern_that_is_none_is_refused(raw: Path) -> None:
+    nested(raw)
+    for path in ("**.jsonl", "법**.jsonl"):
+        with pytest.raises(UserError, match=r"files in all folders below are \*\*/\*\.jsonl") as error:
+            read(raw, path)
+        one_line(error)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
