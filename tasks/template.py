@@ -123,7 +123,8 @@ def run(
     )
     _write(metrics, json.dumps(counts, indent=2) + "\n")
     _write(lengths, "tokens,rows\n" + "".join(f"{edge},{count}\n" for edge, count in _histogram(every)))
-    return f"{counts['train_rows']} training rows of {counts['train_tokens']} tokens, {counts['train_supervised_tokens']} supervised, {wanted} of replay, {len(refused)} refused"
+    first = f" (the first: {refused[0]})" if refused else ""
+    return f"{counts['train_rows']} training rows of {counts['train_tokens']} tokens, {counts['train_supervised_tokens']} supervised, {wanted} of replay, {len(refused)} refused{first}"
 
 
 def _encoded(

@@ -51,6 +51,8 @@ FOREIGN = (
 # Scripts without spaces, and Hangul, whose particles cling to the word: there a word is no unit to compare by.
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3040-\u318f\u3400-\u9fff\uac00-\ud7af]")
 EDGES = string.punctuation + "¿¡«»‘’“”…–—。、，！？：；「」『』（）·।؟،"
+# What a web page leaves behind in a text; an answer about HTML has it too.
+HTML = r"<br ?/?>|</?(?:p|div|span|font|strong|em|ul|ol|li|table|tr|td)(?: [ -;=?-~]{0,200})?>|&(?:nbsp|amp|lt|gt|quot|#[0-9]{2,4});"
 PERMUTATIONS = 128
 # Kept texts per bucket, and comparisons per text: the work stays linear where thousands of texts share a template and
 # differ by just more than the threshold. What a real pair shares besides the template meets in other buckets.
@@ -90,9 +92,10 @@ def run(
     lights: list[pl.DataFrame] = []
     counted: list[Array] = []
     prints: list[Prints] = []
+    pages, tag = 0, ""
     with tqdm(desc="rows", disable=None, delay=3, leave=False) as bar:
         for start, table in _pieces(records):
-            failures, tokens = _alone(table, records, tokenizer, specials, params.max_tokens)
+            failures, tokens, html = _alone(table, records, tokenizer, specials, params.max_tokens)
             broken = {failure.row for failure in failures}
             sound = ((start + i, row) for i, row in enumerate(table.iter_rows(named=True)) if i not in broken)
             prints.append(_prints(sound, params.near_duplicate))
@@ -101,6 +104,7 @@ def run(
                 table.select(pl.col("id").str.to_integer(base=16, dtype=pl.UInt64, strict=False), "line", words)
             )
             counted.append(np.array(tokens, np.int64))
+            pages, tag = pages + html[0], tag or html[1]
             for failure in failures:
                 found[start + failure.row].append(failure)
             bar.update(table.height)
@@ -139,6 +143,8 @@ def run(
     sources = Counter[str | None](light["source"]) + unread
     gone = [source for source in sources if lost[source] == sources[source]]
     copies = [source for source in gone if why[source].keys() <= {"duplicate", "near_duplicate"}]
+    if pages:
+        warnings.append(f"warning: {pages} row{'s' * (pages > 1)} hold{'s' * (pages == 1)} HTML such as {tag}")
     warnings += [f"warning: {source}: all {sources[source]} rows are copies of others" for source in copies]
     lengths = np.sort(np.concatenate(counted)[passed]).tolist() or [0]
     counts = {
@@ -213,15 +219,17 @@ def _unread(path: Path) -> Iterator[Row]:
 
 def _alone(
     table: "pl.DataFrame", path: Path, tokenizer: "Tokenizer", specials: list[str], max_tokens: int
-) -> tuple[list[Failure], list[int]]:
-    """What is wrong with each row by itself, and its tokens."""
+) -> tuple[list[Failure], list[int], tuple[int, str]]:
+    """What is wrong with each row by itself, its tokens, and how many of them hold HTML, such as what."""
     import polars as pl
 
     failures = _columns(table, path)  # first: the others rely on its columns
     texts = _texts(table)
     tokens = _tokens(table.height, texts, tokenizer, max_tokens)
     failures += _contents(pl.concat([texts, _names(table)]), specials) + _wholes(table, tokens, max_tokens)
-    return failures, tokens
+    html = texts.filter(pl.col("text").str.contains(HTML))
+    tag = re.search(HTML, html["text"][0]) if html.height else None
+    return failures, tokens, (html["row"].n_unique(), tag[0] if tag else "")
 
 
 def _failing(schema: "pa.DataFrameSchema", table: "pl.DataFrame") -> Iterator[Row]:

@@ -1,6 +1,7 @@
 """ingest, split, template and pair on real rows of every format."""
 
 import json
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -678,6 +679,15 @@ def test_replay_is_mixed_in_at_its_ratio(tmp_path: Path, tiny: Path) -> None:
 def test_long_rows_are_refused_above_the_limit(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(UserError, match=r"more than template\.max_refused.*raise template\.max_length"):
         _template(tmp_path, tiny, max_length=8)
+
+
+def test_the_first_row_that_is_refused_is_named(tmp_path: Path, tiny: Path) -> None:
+    rows = _chat(40)
+    rows[7]["messages"][1]["content"] = "long " * 300
+    _split(tmp_path, rows, test=0.1)
+    paths = [tmp_path / name for name in ("rows", "p.md", "t.json", "l.csv")]
+    said = template.run(tmp_path / "out", tiny, *paths, Template(max_length=256, max_refused=0.5), 1)
+    assert re.search(r", 1 refused \(the first: s:8: \d+ tokens\)$", said)
 
 
 def test_preview_and_histogram(tmp_path: Path, tiny: Path) -> None:

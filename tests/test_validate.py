@@ -512,6 +512,21 @@ def test_topics(run: Run) -> None:
     assert run(*({**row, "topic": "t"} for row in rows)).metrics["warnings"] == []  # one topic: nothing to balance
 
 
+def test_remains_of_web_pages_are_counted(run: Run) -> None:
+    """A warning: what is about HTML has it too."""
+    rows = [
+        chat("a < b & c > d; <s>", "x<y>z & p > q"),
+        chat("질문<br/>둘", "답&nbsp;하나"),
+        preference("q", '<p class="x">', "b"),
+    ]
+    result = run(*rows)
+    assert result.quarantine == []
+    assert result.metrics["warnings"] == ["warning: 2 rows hold HTML such as <br/>"]
+    assert result.summary.endswith("; warning: 2 rows hold HTML such as <br/>")
+    assert run(rows[2]).metrics["warnings"] == ['warning: 1 row holds HTML such as <p class="x">']
+    assert run(rows[0]).metrics["warnings"] == []
+
+
 def test_wrong_inputs_are_named(tmp_path: Path, base: Path) -> None:
     execute(tmp_path, base, [chat("a", "b")], [])
     (tmp_path / "in2.parquet").write_bytes(b"no")
