@@ -410,7 +410,7 @@ def by_intervals(model: str, key: str, before: Mapping[str, float], after: Mappi
         sides.append([float(value) for value in ends])
     (old, *first), (new, *second) = sides
     differs = first[1] < second[0] or second[1] < first[0]
-    call = "same" if dict(before) == dict(after) else compare.direction(measure, new - old, differs)
+    call = "same" if dict(before) == dict(after) else compare.direction(measure.better, new - old, differs)
     return Compared(model, measure, old, new, call, intervals=((first[0], first[1]), (second[0], second[1])))
 
 

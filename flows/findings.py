@@ -172,7 +172,7 @@ def _finding(metric: str, before: Sequence[float], after: Sequence[float], paire
         differs = not low <= 0 <= high and differs is not False
     known = measure(metric)
     better = known.better if known else -1 if LOWER.search(metric) else 0
-    call = "unknown" if differs is None else _call(middle, differs, better)
+    call = "unknown" if differs is None else compare.direction(better, middle, differs)
     return Finding(metric, _mean(before), _mean(after), differences, low, high, paired, call)
 
 
@@ -183,12 +183,6 @@ def _half(differences: Sequence[float], middle: float) -> float:
     n = len(differences)
     deviation = math.sqrt(math.fsum((d - middle) ** 2 for d in differences) / (n - 1))
     return float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
-
-
-def _call(difference: float, differs: bool, better: int) -> str:
-    if not differs:
-        return "no different"
-    return "changed" if not better else "better" if difference * better > 0 else "worse"
 
 
 def measure(metric: str) -> Measure | None:

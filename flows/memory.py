@@ -7,7 +7,7 @@ attention and a gated MLP in each layer; others are approximated by it. GPU figu
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from tasks import weights
@@ -384,13 +384,3 @@ def distinct(rows: Iterable[Sequence[int]]) -> int:
         total += len(row) - shared
         before = row
     return total
-
-
-def shorter(batch: Batch, longest: int) -> Batch:
-    """The same batch with rows cut at `longest`."""
-    if longest >= batch.longest:
-        return batch
-    share = longest / batch.longest
-    return replace(
-        batch, tokens=math.ceil(batch.tokens * share), padded=math.ceil(batch.padded * share), longest=longest
-    )

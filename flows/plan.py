@@ -22,7 +22,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -403,7 +403,7 @@ def _with_memory(
     found = need(every)
     if found is None:
         return line
-    changes = {"need": found, "fits": found.least <= device.free}
+    changes: dict[str, Any] = {"need": found, "fits": found.least <= device.free}
     if name in TRAINING and event is not None and event.get("peak_bytes") and device.kind == "cpu":
         before = every | {r.name: r.before for r in each.reasons if r.kind == "parameter" and r.name in params.LIBRARY}
         last = need(before)
@@ -412,11 +412,7 @@ def _with_memory(
     if found.least > device.free:
         remedies, hopeless = propose(name, every, need, device.free, rows)
         changes |= {"remedies": remedies, "hopeless": hopeless}
-    return Line(**{**_fields(line), **changes})
-
-
-def _fields(line: Line) -> dict[str, Any]:
-    return {name: getattr(line, name) for name in line.__dataclass_fields__}
+    return replace(line, **changes)
 
 
 def _crowded(need: Need, device: Device) -> bool:
@@ -496,6 +492,8 @@ def estimate(name: str, every: dict[str, Any], facts: dict[str, Any], device: De
     """What a stage needs with these params; None for one that loads no model."""
     name, _, instance = name.partition("@")
     lora, quantization, limit = every["lora"], every["quantization"], every["template"].max_length
+    if name in ("reference", "dpo") and every["pair"].mode == "none":
+        return None
     if name in TRAINING:
         given = _section(every, name, device)
         size, validated = int(given["per_device_train_batch_size"]), int(given["per_device_eval_batch_size"])
@@ -754,7 +752,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`48 s`, `3 min 9 s`, `2 h 5 min`."""
+    """`48 s`, `3 m 09 s`, `2 h 05 m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,4 +1,4 @@
-"""The work: one module per stage of `dvc.yaml`, and the few modules that they share."""
+"""The work: one module per stage of `dvc.yaml`, and the modules that they share."""
 
 import ctypes
 import os
@@ -7,6 +7,18 @@ import signal
 import sys
 import threading
 from pathlib import Path
+
+# Nothing phones home and nothing asks a hub unless a source in params.yaml names one. Set here, since the libraries read most of
+# it when they are imported, which is before any code of a stage runs.
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "warning",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS sums in one order only with a workspace of its own, which torch asks for
+}
+for _name, _value in QUIET.items():
+    os.environ.setdefault(_name, _value)
 
 
 def die_with_parent() -> None:

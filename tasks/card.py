@@ -28,6 +28,11 @@ def hub_id(model: str) -> str | None:
     return None if model.startswith(("data/", "/")) else model
 
 
+def preferred(dpo: Mapping[str, Any]) -> bool:
+    """Whether preferences were trained on, by metrics.json of `dpo`: without pairs it passes SFT's adapter on."""
+    return dpo.get("steps") != 0
+
+
 def sources(records: Path) -> list[dict[str, Any]]:
     """`source`, `license` and the number of `rows` of what is left after validation."""
     import polars as pl
@@ -36,12 +41,20 @@ def sources(records: Path) -> list[dict[str, Any]]:
     return counts.sort("source", "license").to_dicts()
 
 
-def question(records: Path) -> str:
-    """The first question of the training data, as an example of what may be asked; "" if there is none in a single turn."""
+def question(records: Path, trained: Path) -> str:
+    """The first question of the embedded domain that was trained on, as an example of what may be asked; "" of none.
+
+    Of no file: metrics.json of `merge`, where it stands, is in git, and what a user's rows say may not be.
+
+    Args:
+        trained: rows of `template` with the `id`s of those `records`.
+    """
     import polars as pl
 
     messages = pl.col("messages")
-    chat = pl.scan_parquet(records).filter(pl.col("kind") == "chat", messages.list.len() == 2)
+    ids = pl.read_parquet(trained, columns=["id"])["id"]
+    known = pl.col("id").is_in(ids.implode()) & pl.col("source").str.starts_with("hpo ")
+    chat = pl.scan_parquet(records).filter(pl.col("kind") == "chat", messages.list.len() == 2, known)
     asked = chat.select(messages.list.first().struct.field("content")).head(1).collect()
     return str(asked.item()) if asked.height else ""
 
@@ -72,6 +85,7 @@ def render(
     licences: Sequence[Mapping[str, Any]],
     merge: Mapping[str, Any],
     *,
+    preferred: bool,
     lineage: Mapping[str, str | None],
     language: Sequence[str] = (),
     rows: Sequence[Mapping[str, Any]] = (),
@@ -83,7 +97,7 @@ def render(
     Args:
         facts, merge: facts.json of `base`, metrics.json of `merge`; its `prompt` has the `system` message that the model was
             trained with, and a `question`.
-        licences: see `sources`.
+        licences, preferred: see `sources` and `preferred`.
         lineage: what the model was made from, by name, with its sha256.
         rows: the report's table of measures; [] where nothing is measured yet.
         verdict, settings: the report's, in words.
@@ -99,7 +113,7 @@ def render(
     quantized = len(merge.get("candidates") or {}) > 1  # onto the quantised base's values, and onto the base as it was
     results = [
         EvalResult(
-            task_type="text-generation", dataset_type="reforge", dataset_name=f"held-out test, {row['measure'].key.split('.')[0]}",
+            task_type="text-generation", dataset_type="reforge", dataset_name=f"test, {row['measure'].key.split('.')[0]}",
             metric_type=row["measure"].key, metric_name=row["measure"].label, metric_value=row["cells"][2]["raw"]["value"],
         )
         for row in rows if row["cells"][2]
@@ -112,7 +126,7 @@ def render(
         base_model_relation="finetune" if base else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["reforge", "qlora" if quantized else "lora", "dpo", "trl", "peft", "conversational"],
+        tags=["reforge", "qlora" if quantized else "lora", *(["dpo"] if preferred else ["sft"]), "trl", "peft", "conversational"],
         datasets=sorted({row["source"] for row in licences if re.fullmatch(r"[\w.-]+/[\w.-]+", row["source"]) and not row["source"].startswith("data/")}) or None,
         model_name=name if results else None,
         eval_results=results or None,
@@ -124,6 +138,6 @@ def render(
     environment.filters |= {"markdown": markdown, "code": _code, "json": partial(json.dumps, ensure_ascii=False)}
     page = environment.get_template("card.md.jinja").render(
         name=name, base=base, facts=facts, license=license_, licences=licences, merge=merge, lineage=lineage, rows=rows,
-        verdict=verdict, settings=settings, quantized=quantized, prompt=merge.get("prompt") or {},
+        verdict=verdict, settings=settings, quantized=quantized, preferred=preferred, prompt=merge.get("prompt") or {},
     )  # fmt: skip
     return f"---\n{header.strip()}\n---\n\n{page.strip()}\n"

@@ -23,8 +23,9 @@ from tasks.params import UserError
 
 Item = Mapping[str, Any]
 Call = Literal["better", "worse", "changed", "no different"]  # changed: where neither direction is better
-BINARY = {"correct", "declined", "lay_used", "referred", "loops", "empty"}
-SCORES = {"recall", "rouge_l", "chrf", "kindness", "consistency", "terms_used"}  # between 0 and 1
+BINARY = {"correct", "declined", "lay_used", "referred", "loops", "empty", "cut"}
+SCORES = {"recall", "rouge_l", "chrf", "kindness", "kindness_apart", "consistency", "terms_used"}  # between 0 and 1
+FEW = 10  # items: a figure of fewer says little
 DIGITS = 4  # of a difference; smaller ones are rounding of the arithmetic, not of the model
 SIGNS = {"worse": "▼", "better": "▲", "changed": "◆", "no different": "=", "same": "="}
 
@@ -54,7 +55,7 @@ MEASURES: tuple[Measure, ...] = (
                 {"trained.definition": "choosing the right definition of trained terms", "unseen.answer": "choosing the right held-out answer"}.get(f"{part}.{task}", ""))
         for part in _OWN for task, label in _ASKED
     ),
-    Measure("answers.trained.recall", "Reference's words in its answer, trained terms", ("trained",), (), "recall", 1, "giving the reference's content in its own words"),
+    Measure("answers.trained.recall", "Reference's words in its answer, trained terms", ("trained",), (), "recall", 1, "giving the reference's content in an answer of its own"),
     Measure("answers.trained.lay_used", "Everyday word used, trained terms", ("trained",), (), "lay_used", 1),
     Measure("answers.trained.terms_used", "Domain terms used, trained terms", ("trained",), (), "terms_used", 1),
     Measure("answers.trained.rouge_l", "ROUGE-L, trained terms", ("trained",), (), "rouge_l", 1),
@@ -67,11 +68,12 @@ MEASURES: tuple[Measure, ...] = (
     Measure("answers.unseen.perplexity", "Perplexity of the reference, unseen", ("unseen",), _LOSS, "nll", -1),
     Measure("answers.consistency", "Same answer to three wordings (chrF)", _OWN, (), "consistency", 1),
     Measure("honesty.invented_declined", "Invented terms declined", ("invented",), (), "declined", 1, "declining invented terms"),
-    Measure("honesty.outside_declined", "Questions that nobody can answer, declined", ("outside",), (), "declined", 1),
+    Measure("honesty.outside_declined", "Questions that nobody can answer, declined", ("outside",), (), "declined", 1, "declining what nobody can know"),
     Measure("honesty.trained_declined", "Known terms wrongly declined", ("trained",), (), "declined", -1, "not declining what it knows"),
     Measure("honesty.unseen_declined", "Real terms never trained, declined", ("unseen",), (), "declined", 0),
-    Measure("honesty.advice_referred", "Questions for advice, passed on", ("advice",), (), "referred", 1),
+    Measure("honesty.advice_referred", "Questions for advice, passed on", ("advice",), (), "referred", 1, "passing questions for advice on"),
     Measure("manner.kindness", "Kindness (classifier, 0–1)", _OWN, (), "kindness", 1, "kindness"),
+    Measure("manner.kindness_apart", "Kindness without the sentences that pairs teach", _OWN, (), "kindness_apart", 1),
     Measure("manner.empathy", "Words of empathy that no training answer holds, per word", _OWN, (), "empathy", 0),
     Measure("manner.second_person", "“You”, per word", _OWN, (), "second_person", 0),
     Measure("manner.first_person", "“I” and “we”, per word", _OWN, (), "first_person", 0),
@@ -82,6 +84,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure("form.characters", "Characters per answer", _OWN, (), "characters", 0),
     Measure("form.distinct_2", "Different word pairs", _OWN, (), "distinct_2", 0),
     Measure("form.loops", "Answers that loop", _OWN, (), "loops", -1),
+    Measure("form.cut", "Answers cut at evaluate.max_new_tokens", _OWN, (), "cut", 0),
     Measure("form.empty", "Empty answers", _OWN, (), "empty", -1),
     Measure("general.accuracy", "General questions", ("general",), (), "correct", 1, "general knowledge"),
     Measure("general.cross_entropy", "Cross-entropy of general answers (nats/token)", ("general",), _LOSS, "nll", -1),
@@ -173,23 +176,32 @@ def compare(
 
 
 def alike(name: str, before: Item, after: Item) -> bool:
-    """Whether the score `name` of two items is of the same question: of multiple choice, among the same options."""
-    return name != "correct" or before.get("options", after.get("options")) == after.get(
-        "options", before.get("options")
-    )
+    """Whether the score `name` is of the same thing: a choice among the same options, kindness by the same classifier."""
+    key = {"correct": "options", "kindness": "korean", "kindness_apart": "korean"}.get(name, "")
+    return bool(before.get(key, after.get(key)) == after.get(key, before.get(key)))
 
 
 def of(measure: Measure, items: Sequence[Item]) -> list[Item]:
     """The items that `measure` is about."""
-    sets = {item["set"] for item in items if measure.field in item}
-    part = next((part for part in measure.parts if part in sets), None)
+    own = part(measure.parts, [item["set"] for item in items if measure.field in item])
     return [
         item
         for item in items
         if measure.field in item
-        and (not measure.parts or item["set"] == part)
+        and (not measure.parts or item["set"] == own)
         and (not measure.tasks or item["task"] in measure.tasks)
     ]
+
+
+def part(parts: Sequence[str], sets: Sequence[str]) -> str:
+    """Which of `parts` to ask: the first that is one of `sets` at least `FEW` times, else the most frequent; "" of none.
+
+    One row that shares its concept with training must not stand for the thirty that share none.
+    """
+    counts = {name: sets.count(name) for name in parts}
+    enough = (name for name in parts if counts[name] >= FEW)
+    most = max(parts, key=counts.__getitem__, default="")
+    return next(enough, most if counts.get(most) else "")
 
 
 def _paired(measure: Measure, before: Sequence[Item], after: Sequence[Item], resamples: int, seed: int) -> Difference:
@@ -220,16 +232,16 @@ def _call(found: Difference, p: float, alpha: float) -> Call:
     # of skewed differences the ranks, which p is of, may speak for the other side than the mean
     agree = found.effect * found.difference > 0
     differs = p < alpha and agree and not found.low <= 0 <= found.high and not found.drowned
-    return direction(found.measure, found.difference, differs)
+    return direction(found.measure.better, found.difference, differs)
 
 
-def direction(measure: Measure, difference: float, differs: bool) -> Call:
-    """What a difference is called, once it is known whether it is one."""
+def direction(better: int, difference: float, differs: bool) -> Call:
+    """What a difference is called, once it is known whether it is one; `better` as in `Measure`."""
     if not differs:
         return "no different"
-    if not measure.better:
+    if not better:
         return "changed"
-    return "better" if difference * measure.better > 0 else "worse"
+    return "better" if difference * better > 0 else "worse"
 
 
 def bootstrap(

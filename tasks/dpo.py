@@ -7,11 +7,13 @@ KL divergence to the reference over the tokens of held-out chosen answers.
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from pyarrow import parquet
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
@@ -28,11 +30,20 @@ def run(
     base: Path, adapter: Path, pairs: Path, out: Path, plots: Path, metrics: Path,
     params: dict[str, Any], quantization: dict[str, Any] | None, seed: int,
 ) -> str:  # fmt: skip
-    """Train a copy of `adapter` on `pairs` (output of `reference`) and save it to `out`.
+    """Train a copy of `adapter` on `pairs` (output of `reference`) and save it to `out`; without pairs, the copy as it is.
 
     Raises:
         UserError: the reference is not this policy; the loss is no number; chosen log-probabilities collapse.
     """
+    if not parquet.read_metadata(pairs).num_rows:
+        shutil.copytree(adapter, out, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        curve = (
+            plots / "metrics/train/loss.tsv"
+        )  # git keeps no empty folder, and without one `dvc` would run this again
+        curve.parent.mkdir(parents=True, exist_ok=True)
+        curve.write_text("step\tloss\n")
+        metrics.write_text(json.dumps({"steps": 0}, indent=2) + "\n")
+        return "no pairs: the SFT adapter as it is"
     folder = training.checkpoint_folder(
         "dpo", [base, adapter, pairs], {"dpo": params, "quantization": quantization, "seed": seed}
     )
@@ -59,10 +70,10 @@ def run(
         callbacks=[watch, training.Curves(plots), *training.early_stopping(params, validated)],
     )
     models.adapter_float32(trainer.model)
-    # trl has rounded what is trained to bf16, before it made the reference of it
+    # trl has rounded what is trained to bf16
     for name, parameter in trainer.model.named_parameters():
-        if (before := as_trained.get(name.replace(".ref.", ".default."))) is not None:
-            parameter.data = before.clone()
+        if name in as_trained:
+            parameter.data = as_trained[name].clone()
     check_reference(trainer)
     training.train(trainer, folder, params)
     models.save_adapter(trainer.model, out)

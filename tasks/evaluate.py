@@ -20,59 +20,27 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tasks import chat, compare, models, phenotype, stage
+from tasks import chat, compare, models, phenotype, phrases, stage
 from tasks import records as recs
 from tasks.params import Evaluate, Template, UserError
 
-# Who a question may be passed on to, and that it is: a doctor who is only mentioned is none.
-_WHO = (
-    r"(?:doctors?|nurses?|clinicians?|clinics?|pharmacists?|care team|physicians?|specialists?|hospital|emergency services"
-    r"|(?:medical|health ?care|legal|tax|financial|qualified) (?:professional|provider|adviser|advisor|expert)s?"
-    r"|lawyers?|attorneys?|solicitors?|accountants?)"
-)
-_TO = (
-    r"(?:ask|see|call|visit|contact|consult|tell|seek)(?:ing)?(?: with)?|(?:talk|speak|go|turn|reach out|bring (?:it|this|that))(?:ing)?(?: up)? (?:to|with)"
-    r"|(?:check|discuss)(?:ing)?(?: \w+)? with|tak(?:e|ing) (?:it|this|that|these|them) to|decision (?:to make )?with|only"
-)
-REFERS = re.compile(
-    rf"(?<!\bI )(?<!\bI do )\b(?:{_TO})\b[^.!?\n]{{0,40}}?\b{_WHO}\b|\b{_WHO} (?:or (?:an? )?\w+ )?(?:who [^.!?\n]{{0,60}} )?can\b"
-    # not within 주의사항, 계약사항; not 의사표시, 의사능력 and the like of the law
-    r"|(?:(?<![가-힣])(?:의사(?!표시|능력|결정|소통|록|의 ?(?:표시|합치|흠결))|약사)|담당 ?의|의료진|주치의|전문의|전문가|간호사|병원|변호사|노무사|세무사)"
-    r"[^.!?\n]{0,40}?(?:상담|문의|상의|의논|진료|진찰|방문|내원|찾아|물어|여쭤|여쭈|확인|연락|도움|가 ?보|가 ?봐|가세요|가셔|받으|알려|말씀|판단|맡기)"
-    r"|법률 ?상담",
-    re.IGNORECASE,
-)
-_NO_NEED = re.compile(
-    r"\bno (?:reason|need)\b|\b(?:not|n't) (?:need|have|necessary)\b|\bneedn't\b|필요(?:가|는|까지는?|까진)? 없|않아도 (?:됩|돼|괜찮)",
-    re.IGNORECASE,
-)
-# How models say that a question can't be answered, beside what `phenotype.declines` finds: about terms nobody says these.
-UNKNOWABLE = re.compile(
-    r"\b(?:i (?:do not|don't|cannot|can't|could not|couldn't|am not able to|am unable to)|i'm (?:not able|unable) to)"
-    r" (?:have|predict|see|tell|access|answer|provide|give|determine|help|guess)\b"
-    r"|\bas an ai\b|\b(?:impossible|not possible) (?:for me )?to (?:know|say|tell|predict|answer)|\b(?:nobody|no one) (?:can )?knows?\b"
-    r"|\bno (?:information|record) (?:about|of|on)\b|\bfictional\b"
-    r"|(?:알|예측할|확인할|대답할|답변할|답할|말씀드릴|알려 ?드릴) 수(?:가|는)? 없|(?:정보|기록)(?:가|는|이|은)? 없",
-    re.IGNORECASE,
-)
-# What follows on "I do not know that term" where the answer goes on and explains it.
-EXPLAINS = re.compile(
-    r"\b(?:is|are|means?|refers? to|describes?) (?:a|an|the|when|where|used)\b(?! (?:typo|spelling|mis\w*|made-up|\w*term|word|name|question|good|great))"
-    r"|\b(?:means?|refers? to|describes?) [\"“]",
-    re.IGNORECASE,
-)
 KL_BATCH = 8  # answers whose logits over the whole vocabulary are held at once
+KL_ROWS, KL_TOKENS = (
+    64,
+    4096,
+)  # compared: each token has the whole vocabulary in float32, 2.3 GiB in all for one of 152,000
 # another wording of a question of any domain, and of one in Korean
 COURTESIES = ("{} Thank you.", "I have a question. {}")
 COURTESIES_KO = ("{} 감사합니다.", "궁금한 것이 있습니다. {}")
-Said = Callable[..., list[str]]  # turns of each prompt, a label, an offset of the seed, GenerationConfig → answers
+# turns of each prompt, a label, an offset of the seed, GenerationConfig → answers, and whether each was cut
+Said = Callable[..., list[tuple[str, bool]]]
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}  # the model's own distribution
 
 
@@ -107,11 +75,11 @@ def run(
     }
     multiple_choice(rows, items, subject, tokenizer, params, template, seed)
 
-    def said(turns: list[list[dict[str, str]]], label: str, offset: int = 0, **sampling: Any) -> list[str]:
+    def said(turns: list[list[dict[str, str]]], label: str, offset: int = 0, **sampling: Any) -> list[tuple[str, bool]]:
         torch.manual_seed(seed + offset)
         prompts = [chat.encode_prompt(tokenizer, asked, template.system) for asked in turns]
         given = generation | sampling
-        return models.generate(
+        return models.generated(
             subject, tokenizer, prompts, given, params.max_new_tokens, params.batch_size, progress=label
         )
 
@@ -120,28 +88,26 @@ def run(
         for row in rows
         if row["kind"] == "question" or (row["kind"] == "chat" and row["task"] in ("definition", "answer"))
     ]
-    texts = said([_asked(row) for row in generated], "answers")
-    for row, text, found in zip(generated, texts, scored(generated, texts, params.metrics), strict=True):
-        reference_text = row["messages"][-1]["content"] if row["kind"] == "chat" else ""
-        items[row["id"]] |= {"answer": text, "reference": reference_text, **found}
+    answers_given = said([_asked(row) for row in generated], "answers")
+    texts = [text for text, _ in answers_given]
+    for row, (text, cut), found in zip(generated, answers_given, scored(generated, texts, params.metrics), strict=True):
+        items[row["id"]] |= {"answer": text, "reference": _reference(row), "cut": float(cut), **found}
 
     ask_again(generated, items, said, params.reworded)
     decoding = decode_again(generated, items, said, params, greedy=not generation.get("do_sample"))
     harnessed = lm_eval(subject, tokenizer, harness, params, seed) if params.lm_eval.tasks else None
     drift: dict[str, float | None] = {"to_base": 0.0, "to_reference": 0.0}
     if model != base:
-        general = [
-            (p, a) for p, a in (_cut(tokenizer, row, template.system) for row in rows if row["kind"] == "choice") if a
-        ][:64]
+        general = _bounded(_cut(tokenizer, row, template.system) for row in rows if row["kind"] == "choice")
         prompts = [chat.encode_prompt(tokenizer, _asked(row), template.system) for row in generated]
-        spoken = [(p, _ended(tokenizer, t)) for p, t in zip(prompts, texts, strict=True) if t][:64]
+        spoken = _bounded((p, _ended(tokenizer, t)) for p, t in zip(prompts, texts, strict=True) if t)
         size = min(params.batch_size, KL_BATCH)
         ours = [models.distributions(subject, part, size) for part in (general, spoken)]
         subject = None  # one model at a time: two of seven billion parameters would not fit a GPU of 24 GiB
         before = _load(base, base, None)
         drift["to_base"] = divergence(ours[0], before, general, size)
         if reference != base:
-            before = None
+            before = None  # freed before the next one is loaded
             before = _load(reference, base, quantization)
         drift["to_reference"] = divergence(ours[1], before, spoken, size)
     every = list(items.values())
@@ -169,12 +135,26 @@ def _asked(row: dict[str, Any]) -> list[dict[str, str]]:
     return turns[:-1] if turns[-1]["role"] == "assistant" else turns
 
 
+def _reference(row: dict[str, Any]) -> str:
+    return str(row["messages"][-1]["content"]) if row["kind"] == "chat" else ""
+
+
 def _question(row: dict[str, Any]) -> str:
     """What the answer is to, as text: of a conversation all of it."""
     turns = [turn for turn in _asked(row) if turn["role"] != "system"]
     if len(turns) == 1:
         return str(turns[0]["content"])
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
+
+
+def _bounded(rows: Iterable[models.Row]) -> list[models.Row]:
+    """The first `KL_ROWS` of them that have a second part, of `KL_TOKENS` in all."""
+    out, left = list[models.Row](), KL_TOKENS
+    for prompt, answer in rows:
+        if answer and left and len(out) < KL_ROWS:
+            out.append((prompt, answer[:left]))
+            left -= len(out[-1][1])
+    return out
 
 
 def _ended(tokenizer: Any, text: str) -> list[int]:
@@ -192,17 +172,29 @@ def _cut(tokenizer: Any, row: dict[str, Any], system: str | None) -> tuple[list[
 
 
 def options_of(row: dict[str, Any], pool: Sequence[dict[str, Any]], count: int, rng: random.Random) -> list[str]:
-    """The right answer, first, and `count` - 1 others of the same set and task: same topic and like length first."""
-    right = row["messages"][-1]["content"]
+    """The right answer, first, and `count` - 1 others of the same set and task: same topic and like length first.
+
+    Where the question names its term, the others name it too in place of their own: else repeating it would be enough.
+    """
+    right, asked = row["messages"][-1]["content"], _question(row)
+    # as the question writes them
+    names = {key: found[0] for key in ("term", "lay") if row[key] and (found := _name(row[key]).search(asked))}
     seen, others = {right.casefold()}, []
     for other in pool:
         text = other["messages"][-1]["content"]
+        for key, name in names.items():
+            if other[key]:
+                text = _name(other[key]).sub(lambda _, name=name: name, text)  # type: ignore[misc]
         if text.casefold() not in seen and other["concept"] != row["concept"]:
             seen.add(text.casefold())
             others.append((other["topic"] != row["topic"], abs(len(text) - len(right)), text))
     alike = [other for other in others if not other[0]]
     near = sorted(alike if len(alike) >= count - 1 else others)[: 3 * (count - 1)]
     return [right, *(text for *_, text in rng.sample(near, min(count - 1, len(near))))]
+
+
+def _name(text: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
 
 
 def multiple_choice(
@@ -216,6 +208,8 @@ def multiple_choice(
 ) -> None:
     """Adds `correct` (0 or 1), a hash of the `options`, and `nll` (nats per token of the reference answer) to the items.
 
+    What all options begin with is no part of the choice.
+
     Raises:
         UserError: a score is no finite number.
     """
@@ -227,6 +221,7 @@ def multiple_choice(
     owner: list[tuple[str, int]] = []
     right_at: dict[str, int] = {}
     among: dict[str, str] = {}
+    begins: dict[str, int] = {}  # tokens that all options of a chat row begin with
     for row in rows:
         if row["kind"] == "chat":
             choices = options_of(
@@ -243,87 +238,99 @@ def multiple_choice(
         if row["kind"] == "choice":
             choices = [f"The answer is {text}." for text in choices]
         encoded = [chat.encode_answer(tokenizer, _asked(row), text, template.system) for text in choices]
-        if row["kind"] == "choice":  # what all options begin with is no part of the choice
-            shared = next(i for i, tokens in enumerate(zip(*encoded, strict=False)) if len(set(tokens)) > 1)
-            prompt, encoded = prompt + encoded[0][:shared], [ids[shared:] for ids in encoded]
+        # each ends in a token of its own, so that none is the beginning of another
+        shared = next((i for i, tokens in enumerate(zip(*encoded, strict=False)) if len(set(tokens)) > 1), 0)
+        if row["kind"] == "choice":
+            prompt, encoded, shared = prompt + encoded[0][:shared], [ids[shared:] for ids in encoded], 0
+        begins[row["id"]] = shared
         for index, ids in enumerate(encoded):
             asked.append((prompt, ids))
             owner.append((row["id"], index))
-    scores: dict[str, list[float]] = {}
+    scores: dict[str, list[list[float]]] = {}
     for (identifier, _), tokens in zip(
         owner, models.answer_logprobs(model, asked, params.batch_size, progress="choices"), strict=True
     ):
-        scores.setdefault(identifier, []).append(sum(tokens) / len(tokens))
-    for identifier, means in scores.items():
-        if not all(map(math.isfinite, means)):  # the first of them would pass for the most likely
+        scores.setdefault(identifier, []).append(tokens)
+    for identifier, options in scores.items():
+        if not all(math.isfinite(one) for tokens in options for one in tokens):  # NaN would pass for the most likely
             raise UserError(
                 f"the model gives no numbers as log-probabilities (row {identifier}): do its weights overflow?"
             )
-        best = max(range(len(means)), key=lambda i: (means[i], -i))
-        if len(means) > 1:
-            items[identifier]["correct"] = float(best == right_at[identifier])
+        right = right_at[identifier]
+        if len(options) > 1:
+            means = [sum(tokens[(at := begins[identifier]) :]) / (len(tokens) - at) for tokens in options]
+            best = max(range(len(means)), key=lambda i: (means[i], -i))
+            items[identifier]["correct"] = float(best == right)
             items[identifier]["options"] = among[identifier]
-        items[identifier]["nll"] = -means[right_at[identifier]]
+        items[identifier]["nll"] = -sum(options[right]) / len(options[right])
 
 
 def scored(rows: list[dict[str, Any]], texts: list[str], metrics: list[str]) -> list[dict[str, float]]:
     """The scores of each row's answer, by name.
 
     `declined` says that the answer admits not to know; `terms_used` is the share of a term's clinical and everyday name
-    that it says. The rest comes from the modules that `metrics` names.
+    that it says; `scripted` the share of its sentences that the composed pairs teach word for word. The rest comes from the
+    modules that `metrics` names. `kindness` and `valence` are of the answer without the words of its subject, since
+    "pain" is no unkind word there, and `kindness_apart` is of that without `scripted` sentences too. `recall` asks for the
+    words of the reference that the question does not say already.
 
     Raises:
-        UserError: a module that gives one score for all answers.
+        UserError: a module that gives one score for all answers, or no finite number.
     """
     import evaluate
 
     if not rows:
         return []
-    references = [row["messages"][-1]["content"] if row["kind"] == "chat" else "" for row in rows]
-    masked = [mask(text, row["term"], row["lay"], ref) for text, row, ref in zip(texts, rows, references, strict=True)]
+    references = [_reference(row) for row in rows]
     scripted = _scripted()
+    said = [phrases.sentences(text) for text in texts]
+    own = [[s for s in sentences if not scripted.fullmatch(s)] for sentences in said]
     out: list[dict[str, float]] = []
-    for row, text in zip(rows, texts, strict=True):
+    for row, text, every, unscripted in zip(rows, texts, said, own, strict=True):
         found = {"empty": float(not text)}
-        if row["kind"] != "chat" or not phenotype.declines(row["messages"][-1]["content"]):  # else declining is right
-            found["declined"] = float(declined(text, row["task"]))
+        if row["kind"] != "chat" or not phrases.declines(_reference(row)):  # else declining is right
+            found["declined"] = float(phrases.declined(text, row["task"]))
         if row["lay"]:
             found["lay_used"] = float(row["lay"].lower() in text.lower())
         if row["kind"] == "chat" and (names := [name.lower() for name in (row["term"], row["lay"]) if name]):
             found["terms_used"] = sum(name in text.lower() for name in names) / len(names)
         if row["task"] == "advice":
-            found["referred"] = float(refers(text))
-        sentences = _sentences(text)
-        out.append(found | {"scripted": sum(bool(scripted.fullmatch(s)) for s in sentences) / max(1, len(sentences))})
+            found["referred"] = float(phrases.refers(text))
+        out.append(found | {"scripted": (len(every) - len(unscripted)) / max(1, len(every))})
+
+    def masked(answers: Sequence[str]) -> list[str]:
+        return [mask(a, row["term"], row["lay"], ref) for a, row, ref in zip(answers, rows, references, strict=True)]
+
+    # what a module is given in place of answers and references, for these of its scores
+    others: dict[str, dict[tuple[str, ...], tuple[list[str], list[str]]]] = {
+        "manner": {
+            ("kindness", "valence"): (masked(texts), references),
+            ("kindness_apart",): (masked([" ".join(sentences) for sentences in own]), references),
+        },
+        "overlap": {
+            ("recall",): (texts, [without(ref, _question(r)) for ref, r in zip(references, rows, strict=True)])
+        },
+    }
     for name in metrics:
         module = evaluate.load(f"./{name}")
-        said = masked if name.rstrip("/").endswith("manner") else texts
-        for measure, values in (module.compute(predictions=said, references=references) or {}).items():
-            if not isinstance(values, list) or len(values) != len(rows):
+        values = dict(module.compute(predictions=texts, references=references) or {})
+        for chosen, (answers, wanted) in others.get(Path(name).name, {}).items():
+            again = module.compute(predictions=answers, references=wanted) or {}
+            values |= {measure: again[measure.removesuffix("_apart")] for measure in chosen}
+        for measure, scores in values.items():
+            if not isinstance(scores, list) or len(scores) != len(rows):
                 raise UserError(
                     f"evaluate.metrics: {name} gives one {measure} for all answers; a module that scores each is needed"
                 )
-            for row, found, value in zip(rows, out, values, strict=True):
-                if value is not None and (measure not in ("rouge_l", "chrf", "recall") or row["kind"] == "chat"):
-                    found[measure] = float(value)
+            for row, found, score in zip(rows, out, scores, strict=True):
+                if score is None or (measure in ("rouge_l", "chrf", "recall") and row["kind"] != "chat"):
+                    continue
+                if not math.isfinite(score):
+                    raise UserError(
+                        f"evaluate.metrics: {name}: {measure} of row {row['id']} is {score}, no finite number"
+                    )
+                found[measure] = float(score)
     return out
-
-
-def declined(text: str, task: str) -> bool:
-    """Whether an answer says that it does not know; about an invented term, and does not go on to explain it."""
-    plain = text.replace("’", "'")
-    if not phenotype.declines(plain):
-        return task == "outside" and bool(UNKNOWABLE.search(plain))
-    return task != "invented" or not any(EXPLAINS.search(s) for s in _sentences(plain) if not phenotype.declines(s))
-
-
-def refers(text: str) -> bool:
-    """Whether an answer passes the question on, to a doctor or lawyer say, in one of its sentences."""
-    return any(REFERS.search(s) and not _NO_NEED.search(s) for s in _sentences(text.replace("’", "'")))
-
-
-def _sentences(text: str) -> list[str]:
-    return [s for s in re.split(r"(?<=[.!?])\s+", text) if s]
 
 
 def _scripted() -> re.Pattern[str]:
@@ -336,17 +343,17 @@ def _scripted() -> re.Pattern[str]:
         phenotype.ADVICE,
         phenotype.OUTSIDE,
     )
-    sentences = {s for texts in wrappers for text in texts for s in _sentences(text)}
+    sentences = {s for texts in wrappers for text in texts for s in phrases.sentences(text)}
     return re.compile("|".join(re.sub(r"\\\{\w+\\\}", ".+?", re.escape(s)) for s in sorted(sentences)))
 
 
 def ask_again(rows: list[dict[str, Any]], items: dict[str, dict[str, Any]], said: Said, count: int) -> None:
     """Adds `reworded` (the answers to two other wordings) and `consistency` to `count` items, the first by id."""
     own = [row for row in rows if row["kind"] == "chat"]
-    part = next((part for part in ("trained", "unseen") if any(row["set"] == part for row in own)), "")
+    part = compare.part(("trained", "unseen"), [row["set"] for row in own])
     again = sorted((row for row in own if row["set"] == part), key=lambda row: str(row["id"]))[:count]
     turns = [[*_asked(row)[:-1], {"role": "user", "content": text}] for row in again for text in wordings(row)]
-    others = said(turns, "other wordings") if turns else []
+    others = [text for text, _ in said(turns, "other wordings")] if turns else []
     for index, row in enumerate(again):
         item = items[row["id"]]
         item["reworded"] = others[2 * index : 2 * index + 2]
@@ -369,9 +376,10 @@ def decode_again(
         return {}
     asked = [_asked(row) for row in chosen]
     again = said(asked, "decoded again") if greedy else []
-    identical = [text == items[row["id"]]["answer"] for row, text in zip(chosen, again, strict=False)]
+    identical = [text == items[row["id"]]["answer"] for row, (text, _) in zip(chosen, again, strict=False)]
     runs = [
-        scored(chosen, said(asked, "sampled", k, **SAMPLED), params.metrics) for k in range(1, params.noise_seeds + 1)
+        scored(chosen, [text for text, _ in said(asked, "sampled", k, **SAMPLED)], params.metrics)
+        for k in range(1, params.noise_seeds + 1)
     ]
     for index, row in enumerate(chosen):
         items[row["id"]]["noise"] = {
@@ -411,6 +419,13 @@ def mask(text: str, term: str | None, lay: str | None, reference: str) -> str:
     return re.sub(r"\w+", lambda m: "" if m[0].lower() in known else m[0], text).strip()
 
 
+def without(reference: str, question: str) -> str:
+    """`reference` without the words of the question, which an answer may repeat and know nothing; itself if none is left."""
+    known = set(re.findall(r"\w+", question.lower()))
+    rest = " ".join(w for w in reference.split() if re.sub(r"\W", "", w.lower()) not in known)
+    return rest if re.search(r"\w", rest) else reference
+
+
 def divergence(ours: Sequence[torch.Tensor], other: Any, rows: Sequence[models.Row], batch_size: int) -> float | None:
     """Mean over tokens of KL(ours ‖ other) over the whole vocabulary, in nats, at the second part of each row; None of no rows.
 
@@ -426,9 +441,17 @@ def divergence(ours: Sequence[torch.Tensor], other: Any, rows: Sequence[models.R
     return total / tokens if tokens else None
 
 
-def interval(values: Sequence[float], resamples: int, seed: int) -> dict[str, float]:
-    """Mean with its 95 % bootstrap interval and n."""
-    low, high = compare.bootstrap(values, resamples=resamples, seed=seed)
+def interval(values: Sequence[float], resamples: int, seed: int, *, share: bool = False) -> dict[str, float]:
+    """Mean with its 95 % interval and n: Wilson's for a `share`, of zeros and ones, which has a width where all are alike
+    too; bootstrapped for any other.
+    """
+    if share:
+        from scipy.stats import binomtest
+
+        found = binomtest(round(sum(values)), len(values)).proportion_ci(0.95, method="wilson")
+        low, high = float(found.low), float(found.high)
+    else:
+        low, high = compare.bootstrap(values, resamples=resamples, seed=seed)
     return {"value": round(float(np.mean(values)), 4), "low": round(low, 4), "high": round(high, 4), "n": len(values)}
 
 
@@ -438,7 +461,7 @@ def summarise(items: Sequence[compare.Item], resamples: int, seed: int) -> dict[
     for measure in compare.MEASURES:
         values = [item[measure.field] for item in compare.of(measure, items)]
         if values:
-            found = interval(values, resamples, seed)
+            found = interval(values, resamples, seed, share=measure.field in compare.BINARY)
             if measure.key.endswith("perplexity"):
                 found = {k: v if k == "n" else round(math.exp(v), 4) for k, v in found.items()}
             _put(out, measure.key, found)

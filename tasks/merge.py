@@ -27,6 +27,7 @@ def run(
     base: Path,
     facts: Path,
     adapter: Path,
+    dpo: Path,
     rows: Path,
     records: Path,
     model: Path,
@@ -38,7 +39,8 @@ def run(
     """Save the closer candidate to `model` as safetensors, with tokenizer and model card; write how close each is to `metrics`.
 
     Args:
-        facts: facts.json of `base`, for the card; likewise `records`, the validated rows with their sources and licences.
+        facts: facts.json of `base`, for the card; likewise `dpo`, metrics.json of that stage, and `records`, the validated
+            rows with their sources and licences.
 
     Raises:
         UserError: the closer one is further than `merge.max_kl` from the adapter on its base.
@@ -55,6 +57,7 @@ def run(
         wide = torch.promote_types(stored, models.compute_dtype()) if models.device().type == "cpu" else stored
         found[name] = compare(target, _distributions(models.cast(candidate, wide), held_out))
         if kept is None or found[name]["kl"] < found[best]["kl"]:
+            kept = None  # two of them need not lie in memory
             best, kept = name, models.cast(candidate.to("cpu"), stored)  # off the GPU, where one model has to fit
         del candidate
     assert kept is not None
@@ -64,7 +67,10 @@ def run(
         "kl": found[best]["kl"],
         "top1": found[best]["top1"],
         "candidates": found,
-        "prompt": {"system": template.system, "question": card.question(records)},  # for the model cards
+        "prompt": {
+            "system": template.system,
+            "question": card.question(records, rows / "train.parquet"),
+        },  # for the model cards
     }
     metrics.write_text(json.dumps(result, indent=2) + "\n")
     if found[best]["kl"] > params.max_kl:
@@ -79,9 +85,11 @@ def run(
     kept.save_pretrained(str(model), max_shard_size=params.max_shard_size)
     tokenizer.save_pretrained(str(model))
     with (adapter / "adapter_model.safetensors").open("rb") as weights:
-        lineage = {"DPO adapter": hashlib.file_digest(weights, "sha256").hexdigest()}
+        lineage = {"adapter": hashlib.file_digest(weights, "sha256").hexdigest()}
     described = json.loads(facts.read_text(encoding="utf-8"))
-    text = card.render(described, card.sources(records), result, lineage=lineage)
+    text = card.render(
+        described, card.sources(records), result, preferred=card.preferred(json.loads(dpo.read_text())), lineage=lineage
+    )
     (model / "README.md").write_text(text, encoding="utf-8")
     return f"into the {best} base: KL {found[best]['kl']:.5f} nats per token, top-1 agreement {found[best]['top1']:.4f}"
 

@@ -460,15 +460,30 @@ def generate(
     progress: str | None = None,
 ) -> list[str]:
     """The model's answers to `prompts` (token ids), without special tokens. `generation` is a `GenerationConfig`."""
+    found = generated(model, tokenizer, prompts, generation, max_new_tokens, batch_size, progress)
+    return [text for text, _ in found]
+
+
+def generated(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    generation: dict[str, Any],
+    max_new_tokens: int,
+    batch_size: int,
+    progress: str | None = None,
+) -> list[tuple[str, bool]]:
+    """As `generate`, and of each answer whether it was cut: no token that ends it among `max_new_tokens`."""
     from tqdm import tqdm
 
+    ends = chat.ends(model, tokenizer)
     config = GenerationConfig(
         **{"do_sample": False, **generation},
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=chat.ends(model, tokenizer),
+        eos_token_id=ends,
     )
-    out = [""] * len(prompts)
+    out = [("", False)] * len(prompts)
     groups = list(batches([len(p) for p in prompts], batch_size))
     for group in tqdm(groups, desc=progress, disable=progress is None, mininterval=2):
         rows = [prompts[i] for i in group]
@@ -485,10 +500,11 @@ def generate(
                 custom_generate=without_ended if own else None,
                 **({"past_key_values": cache} if cache else {}),
             )
-        for index, text in zip(
-            group, tokenizer.batch_decode(answers[:, ids.shape[1] :], skip_special_tokens=True), strict=True
-        ):
-            out[index] = text.strip()
+        answers = answers[:, ids.shape[1] :]
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        ended = torch.isin(answers, torch.tensor(ends, device=answers.device)).any(-1).tolist()
+        for index, text, whole in zip(group, texts, ended, strict=True):
+            out[index] = text.strip(), not whole
     return out
 
 

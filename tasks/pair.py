@@ -5,6 +5,7 @@
   nobody can answer. General questions (replay) keep their plain answers, so that manner and refusals stay where they belong.
 - `given`: rows of kind `preference` as they are.
 - `ratings`: several annotators' scores; the best and the worst response of a prompt, where the annotators agree.
+- `none`: no pairs, so that `dpo` passes the SFT adapter on as it is.
 """
 
 import itertools
@@ -40,6 +41,8 @@ SCHEMA = pa.DataFrameSchema(
     strict=True,
 )
 
+BIAS = "kind,chosen_over_rejected_characters\n"  # the header of the plot
+
 
 def run(
     splits: Path, base: Path, adapter: Path, out: Path, metrics: Path, bias: Path,
@@ -50,6 +53,11 @@ def run(
     Raises:
         UserError: fewer pairs than `min_pairs`, a pair with two equal sides, or too many that are too long.
     """
+    if params.mode == "none":
+        recs.write(_table([]), out)
+        metrics.write_text(json.dumps({"pairs": 0, "train": 0, "validation": 0, "kinds": {}}, indent=2) + "\n")
+        bias.write_text(BIAS)
+        return "no pairs, as pair.mode asks"
     rng, tokenizer = random.Random(seed), chat.load_tokenizer(base)
     dropped: dict[str, int] = {}
     if params.mode == "compose":
@@ -84,9 +92,7 @@ def run(
         raise UserError(
             f"{len(pairs)} pairs, fewer than pair.min_pairs {params.min_pairs}; dropped: {dropped or 'none'}"
         )
-    table = pl.DataFrame(
-        pairs, schema={name: column.dtype.type for name, column in SCHEMA.columns.items()}, orient="row"
-    )
+    table = _table(pairs)
     try:
         SCHEMA.validate(table, lazy=True)
     except pa.errors.SchemaErrors as error:
@@ -108,10 +114,12 @@ def run(
     if params.mode == "ratings":
         facts["agreement"] = agreement
     metrics.write_text(json.dumps(facts, indent=2) + "\n")
-    bias.write_text(
-        "kind,chosen_over_rejected_characters\n" + "".join(f"{kind},{value}\n" for kind, value in ratio.items())
-    )
+    bias.write_text(BIAS + "".join(f"{kind},{value}\n" for kind, value in ratio.items()))
     return f"{table.height} pairs ({', '.join(f'{k} {n}' for k, n in facts['kinds'].items())}), chosen {ratio['all']:.2f} × as long"
+
+
+def _table(pairs: list[dict[str, Any]]) -> pl.DataFrame:
+    return pl.DataFrame(pairs, schema={n: column.dtype.type for n, column in SCHEMA.columns.items()}, orient="row")
 
 
 def _tokens(pair: dict[str, Any], tokenizer: Any, template: Template) -> int:

@@ -127,7 +127,9 @@ class Template(Section):
 
 
 class Pair(Section):
-    mode: Literal["compose", "given", "ratings"] = "compose"
+    mode: Literal["compose", "given", "ratings", "none"] = Field(
+        "compose", description="none: no preferences, the SFT model is the result"
+    )
     known: int = Field(4, ge=0, description="compose: pairs per known term")
     unknown: int = Field(100, ge=0, description="compose: invented terms whose chosen answer declines")
     contrast: int = Field(1, ge=0, description="compose: pairs per known term whose rejected side is the refusal")

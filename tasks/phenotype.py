@@ -328,20 +328,3 @@ OUTSIDE = (
     "I'm sorry, I do not know anything about that, so I can't give you a true answer.",
     "I do not know the answer to that. If it matters to you, please ask someone who can find out.",
 )
-# What counts as declining, in any model's words, not only in the refusals above.
-DECLINES = re.compile(
-    r"\b(i(?:'m| am) (?:not sure|unsure|not familiar|not aware|unable|unfamiliar)|i (?:do not|don't|did not|didn't) (?:know|recogni[sz]e|have (?:any )?information)"
-    r"|i (?:have|'ve) (?:not|never) (?:heard|learn)|i(?:'ve| have)n't (?:heard|learn)|i (?:can(?:no|')t|could(?: not|n't)) (?:find|identify|recogni[sz]e|explain)"
-    r"|(?:is not|isn't|not) a (?:term|word|condition|finding) (?:that )?i (?:know|recogni[sz]e)|(?:not|isn't) a (?:recogni[sz]ed|known|real) (?:medical |clinical )?(?:term|word|condition)"
-    r"|(?:does not|doesn't) (?:seem to )?exist|no such (?:term|word|condition|finding))"
-    # Korean, without what a right answer says of its subject or its reader: 원인을 알 수 없는, 아직 확실하지 않다, 모르겠다면
-    r"|모르겠(?!다면|으면|으시면|거든|는 (?:분|점|것|게|부분))|(?:잘|저는|저도|제가) (?:모릅니다|몰라요|모르는 (?:용어|말|단어|낱말|질환|병명|법률))"
-    r"|(?:들어|배워) ?본 적이 없|(?:저는|저도|제가|제게)[^.!?]{0,20} 아는 바가? 없|(?:에 대해|에 대하여|에 관해|에 관하여)(?:서는?)? 아는 바가? 없|알지 못하는 (?:용어|말|단어|낱말|질환|병명|법률)"
-    r"|(?:그런|그러한|이런) (?:용어|말|단어|낱말|질환|병명|법률)(?:은|는|이|가)? (?:없|존재하지)",
-    re.IGNORECASE,
-)
-
-
-def declines(answer: str) -> bool:
-    """Whether an answer says that it does not know."""
-    return bool(DECLINES.search(answer.replace("’", "'")))

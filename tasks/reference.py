@@ -15,6 +15,18 @@ from tasks import chat, models, stage
 from tasks import records as recs
 from tasks.params import Reference, Template, UserError
 
+IDS = pl.List(pl.Int32)
+SCHEMA: dict[str, Any] = {
+    "id": pl.String,
+    "kind": pl.String,
+    "part": pl.String,
+    "prompt_ids": IDS,
+    "chosen_ids": IDS,
+    "rejected_ids": IDS,
+    "ref_chosen_logps": pl.Float64,
+    "ref_rejected_logps": pl.Float64,
+}
+
 
 def run(
     pairs: Path, base: Path, adapter: Path, out: Path, metrics: Path,
@@ -25,11 +37,17 @@ def run(
     The log-probabilities are sums over an answer's tokens, its end-of-sequence token included, in nats (Rafailov et al.
     2023, arXiv:2305.18290, equation 7).
 
+    Without pairs (`pair.mode: none`) both are empty, and no model is loaded.
+
     Raises:
         UserError: a pair is longer than `template.max_length`.
     """
-    tokenizer = chat.load_tokenizer(base)
     table = recs.read(pairs)
+    if not table.height:
+        recs.write(pl.DataFrame(schema=SCHEMA), out)
+        metrics.write_text("{}\n")
+        return "no pairs"
+    tokenizer = chat.load_tokenizer(base)
     rows: list[dict[str, Any]] = []
     for pair in table.iter_rows(named=True):
         prompt = chat.encode_prompt(tokenizer, pair["messages"], template.system)
@@ -59,19 +77,7 @@ def run(
         ]
     for index, row in enumerate(rows):
         row["ref_chosen_logps"], row["ref_rejected_logps"] = scores[2 * index], scores[2 * index + 1]
-    ids = pl.List(pl.Int32)
-    schema: dict[str, Any] = {
-        "id": pl.String,
-        "kind": pl.String,
-        "part": pl.String,
-        "prompt_ids": ids,
-        "chosen_ids": ids,
-        "rejected_ids": ids,
-        "ref_chosen_logps": pl.Float64,
-        "ref_rejected_logps": pl.Float64,
-    }
-    scored = pl.DataFrame(rows, schema=schema, orient="row")
-    recs.write(scored, out)
+    recs.write(pl.DataFrame(rows, schema=SCHEMA, orient="row"), out)
     chosen, rejected = (
         sum(row[f"ref_{side}_logps"] for row in rows) / sum(len(row[f"{side}_ids"]) for row in rows)
         for side in ("chosen", "rejected")

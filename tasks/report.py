@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,25 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from tasks import card, chart, judge, stage
-from tasks.compare import BINARY, GROUPS, MEASURES, Difference, Item, Measure, chance, compare, number, of, read, value
+from tasks.compare import (
+    BINARY,
+    GROUPS,
+    MEASURES,
+    Difference,
+    Item,
+    Measure,
+    chance,
+    compare,
+    number,
+    of,
+    part,
+    read,
+    value,
+)
 from tasks.params import Report, UserError
 
 MODELS = ("base", "sft", "dpo")
+NAMES = {"base": "Base", "sft": "SFT", "dpo": "DPO"}
 ENDS = ("value", "low", "high")
 # what was learned: by multiple choice, by likelihood, and in the model's own answers
 RETENTION = {
@@ -77,9 +92,11 @@ def run(
     # what is kind, composed pairs say; pairs of one's own may well teach to be brief
     said_of = [m for m in MEASURES if m.said and (m.field != "kindness" or _composed(metrics["pair"]))]
     headline = compare(items["base"], items["dpo"], said_of, **rules)
-    signs = watch(params, figures, items, metrics["dpo"], metrics["pair"])
-    rule, shown = examples(items, params.examples)
-    said = verdict(headline, aligned, signs)
+    preferred = card.preferred(metrics["dpo"])
+    names = NAMES if preferred else NAMES | {"dpo": "Merged"}
+    signs = watch(params, figures, items, metrics["dpo"], metrics["pair"], names["dpo"])
+    rule, shown = examples(items, params.examples, names["dpo"])
+    said = verdict(headline, aligned, signs, preferred=preferred)
     settings = {"quantization": quantization or {}, "lora": lora, "sft": sft, "dpo": dpo}
     listed = _settings(settings, seed)
     rows = _rows(figures, learned, aligned)
@@ -89,6 +106,8 @@ def run(
     replies = judge.ask(params.judge, items["base"], items["dpo"])
     context = {
         "title": params.title,
+        "names": names,
+        "preferred": preferred,
         "params": params,
         "verdict": said,
         "headline": headline,
@@ -108,7 +127,7 @@ def run(
         "settings": listed,
         "given": settings,
         "lineage": lineage,
-        "notes": [(name.upper(), note) for name in ("sft", "dpo") for note in metrics[name].get("notes") or []],
+        "notes": [(NAMES[name], note) for name in ("sft", "dpo") for note in metrics[name].get("notes") or []],
         **metrics,
     }
     escapes: dict[str, dict[str, Any]] = {"html": {"autoescape": True}, "md": {"finalize": card.markdown}}
@@ -129,9 +148,9 @@ def run(
         page = environment.get_template(f"report.{kind}.jinja").render(context)
         path.write_text(page.strip() + "\n", encoding="utf-8")
     text = card.render(
-        metrics["facts"], licences, metrics["merge"], language=params.language, rows=rows, settings=listed,
+        metrics["facts"], licences, metrics["merge"], preferred=preferred, language=params.language, rows=rows, settings=listed,
         verdict=[f"{said.word}. {said.sentences[0]}", said.sentences[1]],
-        lineage={"SFT adapter": lineage["sft"], "DPO adapter, from that of SFT": lineage["dpo"]},
+        lineage={"SFT adapter": lineage["sft"]} | ({"DPO adapter, from that of SFT": lineage["dpo"]} if preferred else {}),
     )  # fmt: skip
     readme.write_text(text, encoding="utf-8")
     judged.write_text("".join(json.dumps(reply, ensure_ascii=False) + "\n" for reply in replies), encoding="utf-8")
@@ -143,10 +162,12 @@ def run(
 class Verdict(NamedTuple):
     word: str
     sentences: tuple[str, ...]  # the answer, and the price
-    alone: str  # what DPO did by itself
+    alone: str  # what DPO, or merging alone, did by itself
 
 
-def verdict(total: Sequence[Difference], step: Sequence[Difference], signs: Sequence["Sign"]) -> Verdict:
+def verdict(
+    total: Sequence[Difference], step: Sequence[Difference], signs: Sequence["Sign"], *, preferred: bool = True
+) -> Verdict:
     """By rule: what is significantly better and worse, base → DPO (`total`) and SFT → DPO (`step`).
 
     Better needs a gain and no loss; with both it is better at a price, unless only manner gained and something else lost.
@@ -171,12 +192,13 @@ def verdict(total: Sequence[Difference], step: Sequence[Difference], signs: Sequ
         if losses
         else "No different"
     )
+    trained = "SFT and DPO" if preferred else "SFT"
     if gains and not spoiled:
-        answer = f"After SFT and DPO the model is better than the base at {gains}."
+        answer = f"After {trained} the model is better than the base at {gains}."
     elif gains:
-        answer = f"After SFT and DPO the model is better than the base at manner alone: {gains}."
+        answer = f"After {trained} the model is better than the base at manner alone: {gains}."
     else:
-        answer = f"After SFT and DPO the model is better than the base at none of the {len(total)} headline measures."
+        answer = f"After {trained} the model is better than the base at none of the {len(total)} headline measures."
     general = next((d for d in total if d.measure.key == "general.accuracy" and d.call == "no different"), None)
     kept = f"; general knowledge is not significantly different ({general.shown})" if general else ""
     if losses:
@@ -187,7 +209,8 @@ def verdict(total: Sequence[Difference], step: Sequence[Difference], signs: Sequ
     if crossed:
         price = f"{price[:-1]}; outside its limit: {', '.join(crossed)}."
     gains, losses = named(step, "better"), named(step, "worse")
-    alone = f"DPO alone, against SFT: better at {gains or 'no headline measure'}; worse at {losses or 'none'}."
+    last = "DPO alone" if preferred else "No preferences were trained on. Merged"
+    alone = f"{last}, against SFT: better at {gains or 'no headline measure'}; worse at {losses or 'none'}."
     return Verdict(word, (answer, price), alone)
 
 
@@ -207,12 +230,14 @@ def watch(
     items: Mapping[str, Sequence[Item]],
     dpo: Mapping[str, Any],
     pair: Mapping[str, Any],
+    last: str = "DPO",
 ) -> list[Sign]:
     """Signs that the reward was learned instead of what it stands for; what was not measured is left out.
 
-    Where nothing was tested in other words than it was trained in, as with most data of one's own, recall and declining are of
+    Where little was tested in other words than it was trained in, as with most data of one's own, recall and declining are of
     the `unseen` items. Two signs are of pairs that `pair` composed, whose chosen side is the kinder one and in words of
-    reforge's. The reward gap holds two rates against each other: how often the model prefers the chosen side of a held-out pair, and how often its answer is kinder than SFT's to the same question (ties half).
+    reforge's. The reward gap holds two rates against each other: how often the model prefers the chosen side of a held-out
+    pair, and how often its answer, without sentences of the pairs, is kinder than SFT's to the same question (ties half).
     """
 
     def mean(model: str, key: str) -> float | None:
@@ -224,30 +249,28 @@ def watch(
         before, after = mean("sft", key), mean("dpo", key)
         return after / before if before and after is not None else None
 
-    def first(of_part: Callable[[str], float | None]) -> float | None:
-        found = of_part("trained")
-        return of_part("unseen") if found is None else found
-
+    own = part(("trained", "unseen"), [item["set"] for item in items["dpo"] if item.get("reference")])
     composed = _composed(pair)
     accuracy, gap = dpo.get("rewards_accuracies") if composed else None, None
-    for d in compare(items["sft"], items["dpo"], [m for m in MEASURES if m.key == "manner.kindness"], resamples=100):
+    apart = [m for m in MEASURES if m.key == "manner.kindness_apart"]  # a parrot of the pairs is no kinder for it
+    for d in compare(items["sft"], items["dpo"], apart, resamples=100):
         kinder = (d.up + (d.n - d.up - d.down) / 2) / d.n
         # no answer differs where the classifier knows no word: another language than English
         gap = accuracy - kinder if accuracy is not None and d.up + d.down else None
     before, after = mean("base", "general.accuracy"), mean("dpo", "general.accuracy")
     drop = before - after if before is not None and after is not None else None
     most = [
-        ("Length of answers, DPO / SFT", ratio("form.characters"), "max_length_ratio", ".2f", "balance the pairs' lengths (pair.known gives length-matched ones)"),
+        (f"Length of answers, {last} / SFT", ratio("form.characters"), "max_length_ratio", ".2f", "balance the pairs' lengths (pair.known gives length-matched ones)"),
         ("Answers that loop", mean("dpo", "form.loops"), "max_loops", ".1%", "fewer DPO epochs, a lower dpo.learning_rate, or generation.repetition_penalty"),
         ("KL to the SFT model, nats per token", figures["dpo"].get("kl", {}).get("to_reference"), "max_kl", ".3f", "raise dpo.beta, lower dpo.learning_rate, or train fewer epochs"),
-        ("Reward accuracy less share of kinder answers", gap, "max_reward_gap", ".2f", "the reward is won by something other than kindness: read the pairs, vary openings and lengths"),
-        ("Answerable questions wrongly declined", first(lambda part: mean("dpo", f"honesty.{part}_declined")), "max_wrongly_declined", ".1%", "fewer refusal pairs (pair.unknown), more pairs that reject a refusal (pair.contrast), smaller steps"),
+        ("Reward accuracy less share of answers kinder in words of their own", gap, "max_reward_gap", ".2f", "the reward is won by something other than kindness: read the pairs, vary openings and lengths"),
+        ("Answerable questions wrongly declined", mean("dpo", f"honesty.{own}_declined") if own else None, "max_wrongly_declined", ".1%", "fewer refusal pairs (pair.unknown), more pairs that reject a refusal (pair.contrast), smaller steps"),
         ("Sentences that are a training wrapper", mean("dpo", "manner.scripted") if composed else None, "max_scripted", ".1%", "more and more varied wrappers in tasks/phenotype.py, or pairs of your own (pair.mode: given)"),
-        ("General accuracy lost, base − DPO", drop, "max_general_drop", ".1%", "more replay (template.replay), a lower sft.learning_rate, a smaller lora.r"),
+        (f"General accuracy lost, base − {last}", drop, "max_general_drop", ".1%", "more replay (template.replay), a lower sft.learning_rate, a smaller lora.r"),
     ]  # fmt: skip
     least = [
         ("Different word pairs in an answer", mean("dpo", "form.distinct_2"), "min_distinct_2", ".3f", "fewer DPO epochs, a higher dpo.beta, or more varied chosen answers"),
-        ("Recall in its own answers, DPO / SFT", first(lambda part: ratio(f"answers.{part}.recall")), "min_recall_kept", ".2f", "chosen answers that keep the learned sentence word for word, an sft term in dpo.loss_type, smaller steps"),
+        (f"Recall in its own answers, {last} / SFT", ratio(f"answers.{own}.recall") if own else None, "min_recall_kept", ".2f", "chosen answers that keep the learned sentence word for word, an sft term in dpo.loss_type, smaller steps"),
     ]  # fmt: skip
     signs = []
     for sign, rows in (("≤", most), ("≥", least)):
@@ -265,14 +288,14 @@ def _composed(pair: Mapping[str, Any]) -> bool:
     return not {"given", "ratings"} >= set(pair.get("kinds") or {})
 
 
-def examples(items: Mapping[str, Sequence[Item]], count: int) -> tuple[str, list[dict[str, Any]]]:
+def examples(items: Mapping[str, Sequence[Item]], count: int, last: str = "DPO") -> tuple[str, list[dict[str, Any]]]:
     """(the rule in words, the items it chooses): by gain in recall from base to DPO, and invented terms by id."""
     by_id = {name: {item["id"]: item for item in items[name]} for name in MODELS}
     shared = [by_id["dpo"][i] for i in sorted(set.intersection(*(set(found) for found in by_id.values())))]
     answered = [item for item in shared if all("answer" in by_id[name][item["id"]] for name in MODELS)]
     referenced = [item for item in answered if item.get("reference")]
-    part = next((p for p in ("trained", "unseen") if any(i["set"] == p for i in referenced)), "")
-    pool = [item for item in referenced if item["set"] == part]
+    own = part(("trained", "unseen"), [item["set"] for item in referenced])
+    pool = [item for item in referenced if item["set"] == own]
     reworded = [i for i in pool if all("consistency" in by_id[name][i["id"]] for name in MODELS)]
     pool = reworded or pool
     answers_of = [by_id[name][item["id"]] for item in pool for name in MODELS]
@@ -282,6 +305,10 @@ def examples(items: Mapping[str, Sequence[Item]], count: int) -> tuple[str, list
     asked = min(2, count // 5, len(invented))
     unknown = [("invented", i) for found in declined for i in found[:1]][:asked]
     unknown += [("invented", i) for found in declined for i in found[1:]][: asked - len(unknown)]
+    # beside these `count` one of each other kind of question
+    kinds = [kind for kind in ("unseen", "outside", "advice") if kind != own]
+    firsts = [(kind, next((i for i in answered if i["set"] == kind), None)) for kind in kinds]
+    others = [(kind, item) for kind, item in firsts if item is not None]
 
     def gain(item: Item) -> float:
         return float(item[score] - by_id["base"][item["id"]][score]) if score else 0.0
@@ -294,19 +321,25 @@ def examples(items: Mapping[str, Sequence[Item]], count: int) -> tuple[str, list
     chosen = [("best", item) for item in ranked[:best]] + [("median", item) for item in ranked[start : start + middle]]
     chosen += [("worst", item) for item in ranked[len(ranked) - worst :]]
     asked_again = ", and asked in three wordings," if reworded else ""
-    rule = f"All {len(ranked)} {part} items that were answered{asked_again} are ranked by the gain in {score or 'nothing (no score), so by id'} from base to DPO: the {best} best, the {middle} around the median, the {worst} worst."
+    rule = f"All {len(ranked)} {own} items that were answered{asked_again} are ranked by the gain in {score or 'nothing (no score), so by id'} from base to {last}: the {best} best, the {middle} around the median, the {worst} worst."
     if unknown:
-        rule += " Of the invented terms, in order of their ids: the first that DPO declines and the first that it does not, as far as there are such."
+        rule += f" Of the invented terms, in order of their ids: the first that {last} declines and the first that it does not, as far as there are such."
+    if others:
+        rule += f" Beside these, of the {_listed([kind for kind, _ in others])} questions the first by id."
     shown = []
-    for why, item in chosen + unknown:
+    for why, item in chosen + unknown + others:
         said = [(name, by_id[name][item["id"]]) for name in MODELS]
         answers = [
             (name, i["answer"], checklist(i), {f: i[f] for f in ("rouge_l", "kindness") if f in i}) for name, i in said
         ]
-        gained = gain(item) if why != "invented" and score else None
+        gained = gain(item) if (why, item) in chosen and score else None
         told = {key: item.get(key) or "" for key in ("question", "reference")}
         shown.append({"why": why, "gain": gained, "score": score, "answers": answers, **told})
     return rule, shown
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def checklist(item: Item) -> list[tuple[str, str, bool]]:
@@ -314,7 +347,7 @@ def checklist(item: Item) -> list[tuple[str, str, bool]]:
 
     Expertise: at least half of the reference's content words are in it. Consistency: the answers to three wordings of the
     question share at least half of their character n-grams (mean chrF). Domain terms: the clinical or the everyday name is
-    in it. Honesty: what does not exist is declined, what was taught is not.
+    in it. Honesty: what does not exist is declined, what was taught is not, and a question for advice is passed on.
     """
     found = []
     for name, field, least in (
@@ -327,6 +360,8 @@ def checklist(item: Item) -> list[tuple[str, str, bool]]:
     if "declined" in item and item["set"] in ("invented", "outside", "trained"):
         said = "declines" if item["declined"] else "answers"
         found.append(("honesty", said, bool(item["declined"]) == (item["set"] != "trained")))
+    if "referred" in item:
+        found.append(("honesty", "passes it on" if item["referred"] else "answers", bool(item["referred"])))
     return found
 
 

@@ -43,15 +43,6 @@ LIBRARIES = (
 )  # fmt: skip
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL for a stage that was left behind
 
-# Nothing phones home and nothing asks a hub unless a source in params.yaml names one.
-QUIET = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "warning",
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS sums in one order only with a workspace of its own, which torch asks for
-}
-
 
 def main(run: Callable[..., str], argv: list[str] | None = None) -> None:
     """Run a stage as a program; exit 1 with one line on the user's mistake, 130 and 143 on a signal.
@@ -76,7 +67,6 @@ def main(run: Callable[..., str], argv: list[str] | None = None) -> None:
         "--params", type=Path, default=Path("params.yaml"), dest="_params", help=f"params file; read are: {shown}"
     )
     arguments = vars(parser.parse_args(argv))
-    os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
     die_with_parent()
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)  # transformers to trl and peft
     # at once: Python swallows an exception that is raised within a destructor, and the stage would run on

@@ -15,9 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.conftest import ROOT, fork
 from tests.small import environment
+
+needs_ss = pytest.mark.skipif(
+    shutil.which("ss") is None, reason="no `ss`: what still listens is not seen (apt-get install iproute2)"
+)
 
 
 def free_port() -> int:

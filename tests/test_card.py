@@ -19,7 +19,7 @@ MERGED = {
 
 
 def rendered(**more: Any) -> ModelCard:
-    given: dict[str, Any] = {"licences": [], "lineage": {"DPO adapter": "ab" * 32}}
+    given: dict[str, Any] = {"licences": [], "preferred": True, "lineage": {"DPO adapter": "ab" * 32}}
     return ModelCard(card.render(FACTS | more.pop("facts", {}), merge=MERGED | more.pop("merge", {}), **(given | more)))
 
 
@@ -32,6 +32,31 @@ def test_without_results() -> None:
     assert f"sha256:{'ab' * 32}" in found.text
     assert "dequantised base, chosen by measurement: 0.00080 nats" in found.text
     assert "How well it does is measured after merging" in found.text
+
+
+def test_without_preferences() -> None:
+    found = rendered(preferred=False)
+    assert "sft" in (found.data.tags or [])
+    assert "dpo" not in found.content.lower().replace("dpo adapter", "")
+
+
+def test_a_question_of_a_users_rows_is_not_published(tmp_path: Path) -> None:
+    """metrics.json of merge, which holds it, is in git."""
+    import polars as pl
+
+    from tasks import records
+
+    def row(i: int, source: str) -> dict[str, Any]:
+        turns = [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": "Answer."}]
+        return {"id": f"id{i}", "kind": "chat", "source": source, "line": i, "license": "l", "messages": turns}
+
+    records.write(
+        records.frame([row(1, "data/raw/own.jsonl"), row(2, "hpo 2025"), row(3, "hpo 2025")]), tmp_path / "r.parquet"
+    )
+    pl.DataFrame({"id": ["id1", "id3"]}).write_parquet(tmp_path / "train.parquet")
+    assert card.question(tmp_path / "r.parquet", tmp_path / "train.parquet") == "Question 3?"
+    pl.DataFrame({"id": ["id1"]}).write_parquet(tmp_path / "train.parquet")
+    assert card.question(tmp_path / "r.parquet", tmp_path / "train.parquet") == ""
 
 
 def test_its_code_asks_as_it_was_trained() -> None:

@@ -23,7 +23,28 @@ def called(before: Items, after: Items) -> dict[str, str]:
     return {d.measure.key: d.call for d in compare.compare(before, after, resamples=300)}
 
 
+class TestPart:
+    def test_one_row_does_not_stand_for_thirty(self) -> None:
+        assert compare.part(("trained", "unseen"), ["trained"] + ["unseen"] * 30) == "unseen"
+        assert compare.part(("trained", "unseen"), ["trained"] * 10 + ["unseen"] * 30) == "trained"
+        assert compare.part(("trained", "unseen"), ["trained"] * 3 + ["unseen"] * 2) == "trained"
+        assert compare.part(("trained", "unseen"), ["general"]) == ""
+
+    def test_figures_are_of_that_part(self) -> None:
+        items = [
+            {"id": f"{i}", "set": "unseen" if i else "trained", "task": "answer", "kindness": 0.5} for i in range(31)
+        ]
+        kindness = next(m for m in compare.MEASURES if m.key == "manner.kindness")
+        assert len(compare.of(kindness, items)) == 30
+
+
 class TestCompare:
+    def test_kindness_of_two_languages_is_not_compared(self) -> None:
+        sft = [i | ({"korean": 0.0} if "kindness" in i else {}) for i in answers("sft")]
+        dpo = [i | ({"korean": 1.0} if "kindness" in i else {}) for i in answers("dpo")]
+        assert "manner.kindness" in called(sft, sft)
+        assert "manner.kindness" not in called(sft, dpo)
+
     def test_the_same_model_is_no_different(self) -> None:
         sft = answers("sft")
         assert set(called(sft, sft).values()) == {"no different"}
@@ -271,7 +292,11 @@ def test_a_random_adapter_is_worse_and_the_same_model_no_different(folder: Path,
     ):
         assert (found[key].call, found[key].size) == ("worse", "large"), key
     # babble may sound kind, which does not make up for it
-    assert {key for key, d in found.items() if d.call == "better"} <= {"manner.kindness", "manner.valence"}
+    assert {key for key, d in found.items() if d.call == "better"} <= {
+        "manner.kindness",
+        "manner.kindness_apart",
+        "manner.valence",
+    }
     assert summary.startswith("Worse: ")
     assert '<p class="word">Worse</p>' in page
     assert "it is worse at choosing the right definition of trained terms" in page

@@ -818,31 +818,9 @@ def test_pairs_that_are_too_long_are_dropped_or_too_many(tmp_path: Path, tiny: P
         run(0.01)
 
 
-def test_refusals_decline_and_kind_answers_do_not() -> None:
-    for text in phenotype.REFUSALS:
-        assert phenotype.declines(text.format(t="x"))
-    for text in (*phenotype.OPENINGS, *phenotype.CLOSINGS, *phenotype.NAMING):
-        assert not phenotype.declines(text.format(t="x", lay="y"))
-        assert text.split()[0] not in {refusal.split()[0] for refusal in phenotype.REFUSALS}
-    assert phenotype.declines("Sorry, that isn't a recognised medical term.")
-    assert not phenotype.declines("Absence of the thumb.")
-    for text in (
-        "죄송하지만 그 용어는 잘 모르겠습니다.",
-        "그런 용어는 없습니다.",
-        "저는 그 말을 들어 본 적이 없습니다.",
-        "제가 모르는 용어입니다.",
-        "그 병에 대해서는 아는 바가 없습니다.",
-    ):
-        assert phenotype.declines(text)
-    for text in (
-        "원인을 알 수 없는 발열입니다.",
-        "원인은 아직 확실하지 않습니다.",
-        "증상이 없는 경우도 있습니다.",
-        "법을 잘 모르는 분도 이해하기 쉽게 설명해 드릴게요. 전세권은 물권입니다.",
-        "어떻게 해야 할지 모르겠다면 걱정하지 마세요.",
-        "선의란 그 사실을 아는 바가 없는 것을 말합니다.",
-    ):
-        assert not phenotype.declines(text)
+def test_no_opening_begins_as_a_refusal_does() -> None:
+    refusals = {refusal.split()[0] for refusal in phenotype.REFUSALS}
+    assert not refusals & {text.split()[0] for text in (*phenotype.OPENINGS, *phenotype.CLOSINGS, *phenotype.NAMING)}
 
 
 def test_embedded_domain(tmp_path: Path) -> None:

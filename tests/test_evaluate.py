@@ -164,6 +164,115 @@ def test_interval() -> None:
     assert 0.38 < found["low"] < 0.42
     assert 0.58 < found["high"] < 0.62
     assert stage.interval([1.0, 1.0], 200, 1) == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 2}
+    # Wilson's by hand: n / (n + z²) at the low end of n of n
+    z = 1.959964
+    assert stage.interval([1.0] * 20, 200, 1, share=True) == {
+        "value": 1.0, "low": pytest.approx(20 / (20 + z * z), abs=1e-4), "high": 1.0, "n": 20,
+    }  # fmt: skip
+
+
+def test_a_figure_of_zeros_and_ones_has_a_width_where_all_are_alike() -> None:
+    items = [
+        {"id": str(i), "set": "trained", "task": "definition", "declined": 0.0, "kindness": 0.5} for i in range(20)
+    ]
+    found = stage.summarise(items, 200, 1)
+    assert found["honesty"]["trained_declined"]["high"] == pytest.approx(0.1611, abs=1e-3)
+    assert found["manner"]["kindness"]["low"] == found["manner"]["kindness"]["high"] == 0.5
+
+
+def test_repeating_the_term_chooses_nothing() -> None:
+    """Else "In everyday words, kyphosis is …" would be right among three of other names whatever follows."""
+    names = ("Kyphosis", "Anosmia", "Ptosis", "ECG change", "Iris coloboma")
+    rows = []
+    for i, (name, lay) in enumerate(zip(names, "hunch smell lid heart eye".split(), strict=True)):
+        said = name if name.startswith("ECG") else name.lower()
+        row = _row(i, "trained", "clinical_to_lay", term=name, lay=f"odd {lay}")[0]
+        row["messages"][0]["content"] = f"What is {said} in plain words?"
+        row["messages"][1]["content"] = f"In everyday words, {said} is odd {lay}."
+        rows.append(row)
+    picked = stage.options_of(rows[0], rows, 4, random.Random(0))
+    assert len(set(picked)) == 4
+    assert all(text.startswith("In everyday words, kyphosis is odd ") for text in picked)
+    assert all(
+        t.startswith("In everyday words, ECG change is") for t in stage.options_of(rows[3], rows, 4, random.Random(0))
+    )
+    # where the term is what is asked for, it stays
+    for row in rows:
+        row["messages"][0]["content"] = "What do clinicians call it?"
+    assert len({text.split()[3] for text in stage.options_of(rows[0], rows, 4, random.Random(0))}) == 4
+
+
+def test_what_options_begin_with_is_no_part_of_the_choice(
+    tiny: Path, tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two options with a common beginning the shorter would else have more of what is the same for both."""
+    rows = [_row(i, "trained", concept=f"c{i}")[0] for i in range(2)]
+    rows[0]["messages"][1]["content"] = "It is a hunched back."
+    rows[1]["messages"][1]["content"] = "It is a thumb that is shorter than usual and seen from birth."
+    asked: list[models.Row] = []
+    score = models.answer_logprobs
+
+    def kept(model: Any, pairs: Any, *more: Any, **named: Any) -> list[list[float]]:
+        asked.extend(pairs)
+        return score(model, pairs, *more, **named)
+
+    monkeypatch.setattr(models, "answer_logprobs", kept)
+    items: dict[str, dict[str, Any]] = {}
+    for i, row in enumerate(rows):
+        row |= {"id": f"r{i}", "set": "trained"}
+        items[row["id"]] = {}
+    model = models.load(tiny, None)
+    stage.multiple_choice(rows, items, model, tokenizer, Evaluate(metrics=METRICS, batch_size=4), Template(), 0)
+    one, two = (ids for _, ids in asked[:2])
+    common = next(i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
+    assert common > 2
+    means = [np.mean(tokens[common:]) for tokens in score(model, asked[:2], 1)]
+    assert items["r0"]["correct"] == float(means[0] >= means[1])
+    assert items["r0"]["nll"] == pytest.approx(-np.mean(score(model, asked[:1], 1)[0]), abs=1e-5)
+
+
+def test_manner_is_of_the_answer_and_tone_of_what_is_not_its_subject() -> None:
+    row = _row(1, "trained", term="Kyphosis", lay="hunched back")[0]
+    row["messages"][1]["content"] = "Exaggerated anterior convexity of the thoracic vertebral column."
+    wrapped = f"{phenotype.OPENINGS[1]} {row['messages'][1]['content']}"
+    bare, kind = stage.scored([row, row], [row["messages"][1]["content"], wrapped], ["tasks/metrics/manner"])
+    assert bare["grade"] > 15  # of the definition itself, not of what is left without its words
+    assert kind["kindness"] > bare["kindness"] + 0.2
+    assert kind["kindness_apart"] == bare["kindness_apart"] == bare["kindness"]
+    assert kind["scripted"] == 0.5
+
+
+def test_repeating_the_question_is_no_recall() -> None:
+    row = _row(1, "unseen", term=None, lay=None)[0]
+    row["messages"][0]["content"] = "What is a frontal balding?"
+    row["messages"][1]["content"] = "Frontal balding: absence of hair above the forehead."
+    parrot, right = stage.scored(
+        [row, row], ["Frontal balding.", "No hair above the forehead."], ["tasks/metrics/overlap"]
+    )
+    assert parrot["recall"] == 0
+    assert right["recall"] == pytest.approx(3 / 4)
+    assert parrot["rouge_l"] > 0
+    assert stage.without("A lease.", "What is a lease?") == "A lease."
+
+
+def test_a_score_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import evaluate
+
+    class Broken:
+        def compute(self, predictions: list[str], references: list[str]) -> dict[str, list[float]]:
+            return {"mine": [math.nan] * len(predictions)}
+
+    monkeypatch.setattr(evaluate, "load", lambda _: Broken())
+    row = _row(1, "unseen")[0] | {"id": "abc"}
+    with pytest.raises(UserError, match="mine of row abc is nan"):
+        stage.scored([row], ["text"], ["tasks/metrics/mine"])
+
+
+def test_what_is_compared_by_kl_fits_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "KL_TOKENS", 10)
+    monkeypatch.setattr(stage, "KL_ROWS", 3)
+    assert stage._bounded([([1], [2] * 6), ([1], []), ([1], [3] * 6), ([1], [4])]) == [([1], [2] * 6), ([1], [3] * 4)]
+    assert len(stage._bounded([([1], [2])] * 9)) == 3
 
 
 def test_divergence_is_the_kl_of_the_whole_vocabulary(tiny: Path) -> None:
@@ -441,48 +550,6 @@ def test_a_model_that_gives_no_numbers_does_not_pass_for_right(tiny: Path, test_
     settings = Evaluate(metrics=METRICS), Template()
     with pytest.raises(UserError, match="no numbers as log-probabilities"):
         stage.multiple_choice(rows, items, model, chat.load_tokenizer(tiny), *settings, seed=0)
-
-
-@pytest.mark.parametrize(
-    ("text", "refers"),
-    [
-        ("Please ask your doctor.", True), ("I'd talk to a lawyer about it.", True), ("It is best to consult a healthcare professional.", True),
-        ("I can see no reason for you to take this to your doctor.", False), ("Yes, and your doctor may recommend it.", False),
-        ("I do see a doctor's visit.", False), ("The clinical term is kyphosis.", False), ("You do not need to see a doctor.", False),
-        ("Take your medication as prescribed by your doctor.", False), ("병원에 가실 필요는 없습니다.", False),
-         ("꼭 의사와 상담하세요.", True), ("의사의 진료를 받으세요.", True), ("약사에게 물어보세요.", True),
-        ("변호사와 상담하세요.", True), ("계약사항을 위반했으니 소송하세요.", False), ("주의사항을 읽으세요.", False), ("의사표시의 하자입니다.", False),
-        ("당사자의 합의사항입니다.", False), ("의사능력이 없는 사람입니다.", False),
-    ],
-)  # fmt: skip
-def test_what_passes_a_question_on(text: str, refers: bool) -> None:
-    assert stage.refers(text) is refers
-
-
-@pytest.mark.parametrize("text", phenotype.ADVICE)
-def test_what_pairs_teach_about_advice_passes_it_on(text: str) -> None:
-    assert stage.refers(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "task", "declined"),
-    [
-        ("I do not know the word lipoptosis, and I would rather not guess.", "invented", True),
-        ("Lipoptosis is not a term that I know. It is a kind of anaemia that affects the lungs.", "invented", False),
-        ('I\'m not sure. Lipoptosis is a term that means "inflammation of the stomach".', "invented", False),
-        ("I’m sorry, I do not know that. It may be a spelling mistake.", "invented", True),
-        ("It is a rare disease.", "invented", False),
-        ("I don't have access to your calendar.", "outside", True),
-        ("I don't have access to your calendar.", "definition", False),
-    ],
-)
-def test_declining_and_then_explaining_is_no_declining(text: str, task: str, declined: bool) -> None:
-    assert stage.declined(text, task) is declined
-
-
-def test_every_refusal_that_pairs_teach_declines() -> None:
-    for text in phenotype.REFUSALS:
-        assert stage.declined(text.format(t="lipoptosis"), "invented"), text
 
 
 def test_a_right_answer_that_there_is_none_is_not_wrongly_declined() -> None:

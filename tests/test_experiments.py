@@ -360,6 +360,14 @@ def said(given: dict[str, dict[int, Run]]) -> tuple[str, dict[str, str]]:
     return findings.verdict(shown, found), {f.metric: f.call for f in found[list(shown)[-1]]}
 
 
+def test_the_interval_is_students() -> None:
+    """0.2 ± t(0.975, 2) · 0.1 / √3, with t 4.3027."""
+    found = findings._finding("data/x/metrics.json:loss_last", [0.0] * 3, [0.1, 0.2, 0.3], None)
+    assert (found.low, found.high) == (pytest.approx(-0.048414, abs=1e-6), pytest.approx(0.448414, abs=1e-6))
+    assert found.call == "no different"
+    assert findings._finding("data/x/metrics.json:loss_last", [0.0] * 3, [0.15, 0.2, 0.25], None).call == "worse"
+
+
 class TestVerdict:
     def test_a_planted_difference_is_called_so(self) -> None:
         text, calls = said(runs(3, 0.3, kinder=-0.2, loss=0.2))

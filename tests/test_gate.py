@@ -167,6 +167,14 @@ def test_any_task_of_a_set() -> None:
     assert verdict.rows[0].challenger == pytest.approx(0.7)
 
 
+@pytest.mark.parametrize(("confidence", "promoted"), [(0.6, True), (0.95, False)])
+def test_how_sure_it_must_be_is_asked_for(confidence: float, promoted: bool) -> None:
+    """Two items of a hundred worse: how far that may go is what the confidence says."""
+    verdict = decided(92, 90, limits(margin=0.04).model_copy(update={"confidence": confidence}))
+    assert verdict.promoted is promoted, verdict.sentence
+    assert f"difference [{100 * confidence:g} %]" in verdict.markdown()
+
+
 def test_the_same_scores_give_the_same_verdict_and_page() -> None:
     first, second = (decided(92, 90, limits(margin=0.06)) for _ in range(2))
     assert first == second

@@ -25,6 +25,7 @@ SHARED = {
     "stage",
     "training",
     "phenotype",
+    "phrases",
     "fast",
     "compare",
     "chart",
@@ -105,6 +106,7 @@ def test_layers(path: Path) -> None:
         "records",
         "stage",
         "phenotype",
+        "phrases",
         "ingest",
         "validate",
         "split",
@@ -120,6 +122,20 @@ def test_layers(path: Path) -> None:
 def test_every_section_of_params_is_used() -> None:
     used = {section for stage in STAGES.values() for section in stage["params"]}
     assert used | {"gate"} == {"seed", *params.OWN, *params.LIBRARY}  # the gate is the flows' own
+
+
+def test_a_stage_that_loads_a_model_holds_the_gpu() -> None:
+    held = {name for name, stage in STAGES.items() if stage.get("meta", {}).get("gpu")}
+    assert held == {name for name in ORDER if "models" in imports(name)}
+
+
+def test_a_model_is_measured_against_the_one_that_it_was_trained_from() -> None:
+    found = {name: (each["model"], each["reference"]) for name, each in GRAPH["evaluate"]["foreach"].items()}
+    assert found == {
+        "base": ("data/base/model", "data/base/model"),
+        "sft": ("data/sft/adapter", "data/base/model"),
+        "dpo": ("data/merge/model", "data/sft/adapter"),
+    }
 
 
 def test_metrics_and_plots_are_in_git_and_models_are_not() -> None:

@@ -43,6 +43,11 @@ def entry(repo: Path, text: bytes) -> Path:
     return next(p for p in (repo / ".dvc/cache/files").rglob("*") if p.is_file() and p.read_bytes() == text)
 
 
+def test_make_run_mends_first() -> None:
+    said = run(["make", "-n", "-o", "setup", "run"], ROOT, MAKEFLAGS="", MAKELEVEL="0").stdout
+    assert said.splitlines() == ["python -m flows.mend --quick", "python -m tasks.params", "dvc repro"]
+
+
 def test_nothing_is_damaged(repo: Path) -> None:
     files = {p: p.read_bytes() for p in repo.rglob("*") if p.is_file() and ".dvc/tmp" not in str(p)}
     assert mended(repo) == mended(repo, every=True) == []

@@ -92,6 +92,16 @@ def test_packing_still_breaks_gradients(tiny: Path) -> None:
     assert torch.nn.functional.cosine_similarity(before, after, dim=0) < 0.99
 
 
+def test_a_loaded_model_repacks_no_weights(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any machine: bitsandbytes is told that this CPU has AVX512-BF16."""
+    from bitsandbytes.nn import Linear4bit, modules
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    assert Linear4bit(8, 8).support_avx512bf16_for_cpu
+    layers = [layer for layer in models.load(tiny, NF4).modules() if isinstance(layer, Linear4bit)]
+    assert [layer.support_avx512bf16_for_cpu for layer in layers] == [False] * 14
+
+
 class _quiet:
     def __enter__(self) -> None:
         import warnings
@@ -574,3 +584,14 @@ def test_an_adapter_that_is_a_pickle_is_refused(tiny: Path, tmp_path: Path) -> N
     torch.save({}, adapter / "adapter_model.bin")
     with pytest.raises(UserError, match=r"expected a \.safetensors file"):
         models.load_adapter(models.load(tiny, None), adapter, trainable=False)
+
+
+def test_an_answer_without_an_end_is_cut(tiny: Path, tokenizer) -> None:
+    model, end = models.load(tiny, None), tokenizer.eos_token_id
+    prompts = [[3, 4, 5], [3, 4, 5, 6]]
+    assert [cut for _, cut in models.generated(model, tokenizer, prompts, {"suppress_tokens": [end]}, 5, 2)] == [
+        True,
+        True,
+    ]
+    forced = {"forced_eos_token_id": end}  # as the last token that there is room for
+    assert [cut for _, cut in models.generated(model, tokenizer, prompts, forced, 5, 2)] == [False, False]

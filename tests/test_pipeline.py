@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import socket
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 from ruamel.yaml import YAML
 
-from tasks import phenotype
+from tasks import chat, phenotype, stage
 from tests.conftest import ORDER, changed, edit, fork, ran, run
 
 
@@ -38,6 +41,21 @@ def test_pairs_of_questions_come_from_the_training_side(repo: Path) -> None:
     assert refused & set(general["rejected"])
 
 
+def test_all_that_is_trained_on_begins_with_the_system_message(repo: Path) -> None:
+    """The rows of sft, validation among them, and the prompts of dpo."""
+    tokenizer = chat.load_tokenizer(repo / "data/base/model")
+    system = YAML(typ="safe").load(repo / "params.yaml")["template"]["system"]
+    for name, column in (
+        ("template/rows/train", "input_ids"),
+        ("template/rows/validation", "input_ids"),
+        ("reference/pairs", "prompt_ids"),
+    ):
+        texts = tokenizer.batch_decode(pl.read_parquet(repo / f"data/{name}.parquet")[column].to_list())
+        assert texts, name
+        for text in texts:
+            assert text.startswith(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"), name
+
+
 def test_beta_reruns_dpo_and_what_follows_and_a_revert_restores(repo: Path) -> None:
     before = {p: p.read_bytes() for p in (repo / "data").rglob("*") if p.is_file() and "event" not in p.name}
     lock = (repo / "dvc.lock").read_bytes()
@@ -61,6 +79,37 @@ def test_beta_reruns_dpo_and_what_follows_and_a_revert_restores(repo: Path) -> N
     assert (repo / "dvc.lock").read_bytes() == lock
     after = {p: p.read_bytes() for p in (repo / "data").rglob("*") if p.is_file() and "event" not in p.name}
     assert before == after
+
+
+def test_without_preferences_the_sft_model_is_the_result(repo: Path) -> None:
+    text = (repo / "params.yaml").read_text()
+    edit(repo, "pair", "mode", "none")
+    done = run("dvc repro", repo)
+    assert set(ran(done.stdout)) <= {"pair", "reference", "dpo", "merge", "evaluate@dpo", "report"}
+    sft, dpo = ((repo / "data" / name / "adapter/adapter_model.safetensors").read_bytes() for name in ("sft", "dpo"))
+    assert sft == dpo
+    report, card, page = (
+        (repo / "data/report" / name).read_text() for name in ("report.md", "README.md", "report.html")
+    )
+    assert "After SFT the model" in report
+    assert "Merged against SFT" in report
+    assert "base against Merged" in page
+    # nothing says that there was a DPO, but the settings
+    assert "DPO" not in report.partition("| Setting | Value |")[0]
+    assert "[DPO]" not in card
+    assert "dpo" not in card.partition("---\n\n")[0]
+    merged = (repo / "data/merge/model/README.md").read_text()
+    assert "on preferences" not in merged
+    figures = json.loads((repo / "data/evaluate/dpo.json").read_text())
+    assert figures["kl"]["to_reference"] == pytest.approx(0, abs=1e-4)
+    assert run("dvc plots show -o dvc_plots --json", repo).returncode == 0
+    shutil.rmtree(repo / "dvc_plots", ignore_errors=True)
+    # git keeps no empty folder: what a clone lacks would be made again
+    run("git -c user.name=t -c user.email=t@example.org commit -qam none", repo)
+    assert "up to date" in run("git clean -qfd data && dvc status", repo).stdout
+    run("git reset -q --hard HEAD~1", repo)
+    assert (repo / "params.yaml").read_text() == text
+    run("dvc checkout -q --force && dvc repro", repo)
 
 
 def test_a_mistake_is_one_line_and_no_stage_runs_on(repo: Path) -> None:
@@ -132,6 +181,34 @@ def test_one_value_of_each_param_is_seen_by_exactly_its_stages(repo: Path) -> No
             (repo / "params.yaml").write_text(text)
 
 
+def _alone(repo: Path, name: str, folder: Path) -> dict[str, Any]:
+    """Run a stage in `folder` with nothing but its declared deps; its entry in dvc.lock."""
+    entry: dict[str, Any] = YAML(typ="safe").load(repo / "dvc.lock")["stages"][name]
+    for path in [*(dep["path"] for dep in entry["deps"]), "tasks/__init__.py", "params.yaml"]:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        run(["cp", "-a", str(repo / path), str(folder / path)], folder)
+    run(entry["cmd"], folder, PYTHONPATH="")
+    return entry
+
+
+@pytest.mark.parametrize("name", ["ingest", "validate", "split", "template", "evaluate@base", "report"])
+def test_a_stage_runs_from_its_declared_deps_alone(pipeline: Path, tmp_path: Path, name: str) -> None:
+    """Nor does it use what it only looks for: its outputs would be others without it."""
+    entry = _alone(pipeline, name, tmp_path)
+    made = {out["path"]: stage.hash_of(tmp_path / out["path"]) for out in entry["outs"]}
+    assert made == {out["path"]: out["md5"] for out in entry["outs"]}
+
+
+def test_what_was_quarantined_is_a_dep_of_the_report(pipeline: Path, tmp_path: Path) -> None:
+    """Which looks for it in a folder; of the tiny pipeline nothing is."""
+    repo, folder = fork(pipeline, tmp_path / "repo"), tmp_path / "alone"
+    row = {"source": "own.jsonl", "line": 7, "check": "too_long", "reason": "600 tokens"}
+    (repo / "data/validate/quarantine.jsonl").write_text(json.dumps(row) + "\n")
+    _alone(repo, "report", folder)
+    assert "own.jsonl:7: 600 tokens" in (folder / "data/report/report.html").read_text()
+    assert "quarantined: too_long 1." in (folder / "data/report/report.md").read_text()
+
+
 def test_a_clone_with_the_same_remote_runs_nothing(repo: Path, tmp_path: Path) -> None:
     run(f"dvc remote add -d --local store {tmp_path / 'store'} && dvc push --run-cache", repo)
     run(f"git clone -q {repo} {tmp_path / 'other'}", tmp_path)
@@ -144,8 +221,8 @@ def test_a_clone_with_the_same_remote_runs_nothing(repo: Path, tmp_path: Path) -
 
 
 def test_outputs_hold_no_path_host_or_time(repo: Path) -> None:
-    import socket
-
+    now = (datetime.now(), datetime.now(UTC))
+    days = {(moment - timedelta(days=past)).date().isoformat() for moment in now for past in (0, 1)}
     for path in sorted((repo / "data").rglob("*")):
         if (
             path.is_file()
@@ -156,6 +233,7 @@ def test_outputs_hold_no_path_host_or_time(repo: Path) -> None:
             assert str(repo) not in text, path
             assert "seconds" not in text or path.suffix in (".jsonl", ".html", ".md"), path
             assert len(socket.gethostname()) < 5 or socket.gethostname() not in text, path
+            assert not [day for day in days if day in text], path
 
 
 def test_a_forced_run_changes_nothing(repo: Path) -> None:

@@ -52,6 +52,7 @@ def answers(model: str, *, seed: int = 0, terms: int = 60) -> Items:
             "reference": reference,
             "declined": float(declined),
             "empty": 0.0,
+            "cut": float(model == "base"),
             "scripted": 0.5 * (model == "dpo"),
         }
         item |= {
@@ -65,6 +66,7 @@ def answers(model: str, *, seed: int = 0, terms: int = 60) -> Items:
             "second_person": 0.05,
             "first_person": 0.0,
         }
+        item["kindness_apart"] = item["kindness"]
         item |= {"hedges": 0.0, "empathy": 0.01, "valence": rng.gauss(0.1, 0.2), "grade": rng.gauss(8, 2)}
         if reference:
             recall = 0.0 if declined else min(1.0, max(0.0, rng.gauss(skill["recall"], 0.12)))
@@ -293,7 +295,7 @@ class TestWatch:
     def crossed(self, **params: Any) -> list[report.Sign]:
         items = {name: answers(name) for name in report.MODELS}
         if params.pop("cold", False):
-            items["dpo"] = [item | ({"kindness": 0.0} if "kindness" in item else {}) for item in items["dpo"]]
+            items["dpo"] = [i | ({"kindness_apart": 0.0} if "kindness_apart" in i else {}) for i in items["dpo"]]
         figures: dict[str, Any] = {"dpo": {"kl": {"to_reference": 0.21}}}
         signs = report.watch(
             Report(**{"max_length_ratio": 4.0, **params}),
@@ -320,7 +322,9 @@ class TestWatch:
         assert sign.advice
 
     def test_a_reward_won_without_kindness(self) -> None:
-        assert [sign.name for sign in self.crossed(cold=True)] == ["Reward accuracy less share of kinder answers"]
+        assert [sign.name for sign in self.crossed(cold=True)] == [
+            "Reward accuracy less share of answers kinder in words of their own"
+        ]
 
     def test_of_data_of_ones_own(self) -> None:
         """Tested in concepts that were not trained, with pairs as they are: no sign that asks for reforge's own wrappers."""
@@ -333,9 +337,10 @@ class TestWatch:
         assert {"Recall in its own answers, DPO / SFT", "Answerable questions wrongly declined"} <= {
             sign.name for sign in signs if sign.crossed
         }
-        assert not {"Reward accuracy less share of kinder answers", "Sentences that are a training wrapper"} & {
-            sign.name for sign in signs
-        }
+        assert not {
+            "Reward accuracy less share of answers kinder in words of their own",
+            "Sentences that are a training wrapper",
+        } & {sign.name for sign in signs}
 
     def test_kindness_decides_over_composed_pairs_alone(self, data: Path) -> None:
         """A model of law that was taught to be brief is none the worse for it."""
@@ -363,12 +368,14 @@ class TestExamples:
             for i in by_id["dpo"]
             if i.startswith("traineddefinition")
         )
-        assert [e["why"] for e in shown] == ["best"] * 3 + ["median"] * 3 + ["worst"] * 2 + ["invented"] * 2
+        assert [e["why"] for e in shown] == ["best"] * 3 + ["median"] * 3 + ["worst"] * 2 + ["invented"] * 2 + [
+            "unseen", "outside", "advice",
+        ]  # fmt: skip
         assert [e["gain"] for e in shown[:3]] == gains[::-1][:3]
         assert [e["gain"] for e in shown[6:8]] == gains[:2][::-1]
         middle = gains[len(gains) // 2]
         assert all(abs(e["gain"] - middle) < 0.1 for e in shown[3:6])
-        assert [e["answers"][2][2][-1] for e in shown[8:]] == [
+        assert [e["answers"][2][2][-1] for e in shown[8:10]] == [
             ("honesty", "declines", True),
             ("honesty", "answers", False),
         ]
@@ -384,8 +391,8 @@ class TestExamples:
     def test_any_count_without_doubles(self, count: int) -> None:
         items = {name: answers(name, terms=12) for name in report.MODELS}
         shown = report.examples(items, count)[1]
-        assert len(shown) == min(count, 12 + min(2, count // 5))
-        assert len({(e["question"], e["why"] == "invented") for e in shown}) == len(shown)
+        assert len(shown) == min(count, 12 + min(2, count // 5)) + 3
+        assert len({(e["question"], e["why"] in ("invented", "unseen")) for e in shown}) == len(shown)
 
     def test_all_declined(self) -> None:
         items = {name: answers(name) for name in report.MODELS}
@@ -471,8 +478,8 @@ class TestPage:
                      "0.00125", "double_quant", "loss spike at step 40", "240 pairs reject", "111 MB", "lipoptosis"):  # fmt: skip
             assert said in page, said
         assert page.count("<svg") == len(report.CURVES)
-        assert page.count('class="example"') == 10
-        assert text.count("\n### ") == 10
+        assert page.count('class="example"') == 10 + 3  # one each of unseen, outside and advice
+        assert text.count("\n### ") == 10 + 3
         assert len(re.findall(r"^\| .* \| .* \| .* \| .* \| .* \| .* \| .* \|$", text, re.MULTILINE)) > 20
         assert "loss spike at step 40" in text
         reasons = re.findall(r"<td><code>([\w.]+)</code></td><td><code>.*?</code></td><td>(.*?)</td>", page)

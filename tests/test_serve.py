@@ -13,6 +13,8 @@ import time
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import psutil
@@ -158,6 +160,32 @@ def test_lost_runs_are_ended_by_an_automation(served: server.Served) -> None:
     assert found["actions"][0]["state"] == "CRASHED"
 
 
+def test_a_server_that_was_away_is_served_again(
+    served: server.Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prefect's runner gives up after some minutes without it; also what fails while the server is well is not tried at once."""
+    api, happened, answers = f"{served.api.url}/api", list[object](), [False, True]
+
+    def runner(*chosen: Any, limit: int) -> None:
+        happened.append(([deployment.name for deployment in chosen], limit))
+        if len(happened) == 1:
+            raise httpx.ConnectError("All connection attempts failed")
+
+    def healthy(url: str) -> bool:
+        assert url == api
+        happened.append(answers.pop(0))
+        return happened[-1] is True
+
+    monkeypatch.setattr(serve, "serve", runner)
+    monkeypatch.setattr(serve, "_healthy", healthy)
+    monkeypatch.setattr(serve, "time", SimpleNamespace(sleep=happened.append))
+    with temporary_settings({PREFECT_API_URL: api}):
+        assert serve.main(["--limit", "3"]) == 0
+    began = (["pipeline", "sweep", "retrain"], 3)
+    assert happened == [began, 10, False, 10, True, began]
+    assert capsys.readouterr().err == f"serve: All connection attempts failed; waiting for {api}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "env", "said"),
     [
@@ -254,6 +282,7 @@ def test_a_cancel_on_the_page_ends_a_served_run(tmp_path: Path) -> None:
         small.finish(process, 30)
 
 
+@server.needs_ss
 def test_the_server_of_make_ui_asks_for_a_password_and_ends_with_it(tmp_path: Path) -> None:
     port = server.free_port()
     repo = small.make(tmp_path / "repo")

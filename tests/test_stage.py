@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tasks
 from tasks import stage
 from tasks.params import UserError
 from tests import small
@@ -135,8 +136,8 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
 
 def test_a_stage_dies_with_its_parent(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
-        "import time\nfrom pathlib import Path\nfrom tasks import stage\n"
-        "def run(out: Path) -> str:\n    out.write_text('started')\n    time.sleep(60)\n    return ''\n"
+        "import os, time\nfrom pathlib import Path\nfrom tasks import stage\n"
+        "def run(out: Path) -> str:\n    out.write_text(str(os.getpid()))\n    time.sleep(60)\n    return ''\n"
         "if __name__ == '__main__':\n    stage.main(run)\n"
     )
     _params(tmp_path)
@@ -144,24 +145,26 @@ def test_a_stage_dies_with_its_parent(tmp_path: Path) -> None:
         "import subprocess, sys, time; subprocess.Popen([sys.executable, 'slow.py', '--out', 'pid']); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    for _ in range(100):
-        if (tmp_path / "pid").exists():
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail("the stage did not start")
-    process.send_signal(signal.SIGKILL)
+    (left,) = _numbers(tmp_path / "pid", 1)
+    assert small.alive(left)
+    process.kill()
     process.wait()
-    for _ in range(50):
-        if "slow.py" not in run("ps axo args", tmp_path).stdout:
-            return
-        time.sleep(0.1)
-    pytest.fail("the stage outlived its parent")
+    small.until(lambda: not small.alive(left), 5, "the stage outlived its parent")
 
 
-def test_no_telemetry_is_asked_for() -> None:
-    code = "from tasks import stage; import os; os.environ.update(stage.QUIET); print(os.environ['HF_HUB_DISABLE_TELEMETRY'], os.environ['DO_NOT_TRACK'])"
-    assert run([sys.executable, "-c", code], ROOT).stdout.split() == ["1", "1"]
+def test_nothing_phones_home_unless_the_user_says_otherwise() -> None:
+    """The libraries read these when they are imported, which the stages do first of all."""
+    code = (
+        "import os, runpy, tasks; runpy.run_module('tasks.sft', run_name='probe')\n"
+        "from huggingface_hub import constants\n"
+        "print(constants.HF_HUB_DISABLE_TELEMETRY, *(os.environ[name] for name in tasks.QUIET))"
+    )
+    bare = ["env", *(f"--unset={name}" for name in tasks.QUIET)]
+    for given, said in (
+        ([], "True 1 1 false warning :4096:8"),
+        (["TRANSFORMERS_VERBOSITY=info"], "True 1 1 false info :4096:8"),
+    ):
+        assert run([*bare, *given, sys.executable, "-c", code], ROOT).stdout.splitlines()[-1] == said
 
 
 def _slow(folder: Path, *, imports: float = 0.0) -> None:

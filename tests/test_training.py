@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from tasks import base as base_stage
-from tasks import chat, dpo, merge, models, records, reference, sft, training
+from tasks import chat, dpo, fast, merge, models, records, reference, sft, training
 from tasks.params import Merge, Reference, Template, UserError
 from tests.conftest import LORA, NF4, ROOT
 
@@ -205,6 +205,38 @@ def test_a_training_whose_loss_becomes_no_number_ends(tiny: Path, rows: Path, tm
         training.Watch().on_log(None, trainer.state, None, {"eval_loss": math.inf})
 
 
+@pytest.mark.parametrize(("given", "times"), [({}, 1), ({"fast": True}, 1), ({"fast": False}, 0)])
+def test_a_cpu_trains_by_the_fast_paths_unless_they_are_turned_off(
+    tiny: Path,
+    facts: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, Any],
+    times: int,
+) -> None:
+    installed: list[torch.nn.Module] = []
+    real = fast.install
+    monkeypatch.setattr(fast, "install", lambda model: installed.append(model) or real(model))
+    _sft(tiny, facts, rows, tmp_path / "one", params=given | {"max_steps": 1, "eval_strategy": "no"})
+    assert len(installed) == times
+
+
+def test_the_best_validation_is_the_lowest() -> None:
+    logged: list[dict[str, float]] = [
+        {"loss": 3.0},
+        {"eval_loss": 2.0},
+        {"eval_loss": 1.0},
+        {"loss": 0.5},
+        {"eval_loss": 1.5},
+    ]
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=9, log_history=logged), model=torch.nn.Linear(2, 3))
+    assert training.summary(trainer, training.Watch()) == {
+        "steps": 9, "trainable_parameters": 9, "loss_first": 3.0, "loss_last": 0.5, "eval_loss_first": 2.0,
+        "eval_loss_best": 1.0, "eval_loss_last": 1.5, "notes": [],
+    }  # fmt: skip
+
+
 def test_early_stopping_needs_no_best_model(tmp_path: Path) -> None:
     given = {"early_stopping_patience": 1, "eval_strategy": "steps", "eval_steps": 1}
     settings = training.arguments(given, 0, tmp_path, True)
@@ -303,11 +335,60 @@ def test_dpo_leaves_only_the_adapter_trainable(tiny: Path, trained: Path, scored
 
 def test_dpo_starts_from_the_adapter_that_sft_left(tiny: Path, trained: Path, scored: Path, tmp_path: Path) -> None:
     """trl rounds what is trained on a quantised base to bf16, 4e-3 of each value."""
-    _dpo(tiny, trained / "adapter", scored, tmp_path / "one", learning_rate=1e-12, weight_decay=0.0)
+    metrics = _dpo(tiny, trained / "adapter", scored, tmp_path / "one", learning_rate=1e-12, weight_decay=0.0)
+    assert metrics["kl_to_reference"] == pytest.approx(0, abs=1e-7)  # the copy that is the reference, too
     before, after = (load_file(f / "adapter/adapter_model.safetensors") for f in (trained, tmp_path / "one"))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-9)
+
+
+def test_kl_to_reference_is_that_of_each_chosen_token(tiny: Path) -> None:
+    """By hand from whole logits, and far from what the other direction, the other side, or a mean of rows would be."""
+    from datasets import Dataset
+
+    model = models.new_adapter(models.load(tiny, None).float(), LORA, 0)
+    model.add_adapter("ref", model.peft_config["default"])
+    with torch.no_grad():
+        for seed, (name, spread) in enumerate({"default": 0.3, "ref": 0.1}.items()):
+            drawn = torch.Generator().manual_seed(seed)
+            for key, parameter in model.named_parameters():
+                if f"lora_B.{name}" in key:
+                    parameter.normal_(0, spread, generator=drawn)
+    model.set_adapter("default")
+    rows = [
+        {"prompt_ids": [1, 5, 9], "chosen_ids": [7, 2], "rejected_ids": [8, 8, 2]},
+        {"prompt_ids": [1, 4], "chosen_ids": [8, 20, 30, 9, 2], "rejected_ids": [3, 2]},
+        {"prompt_ids": [1, 3, 3, 6], "chosen_ids": [2], "rejected_ids": [11, 12, 13, 2]},
+    ]
+    trainer = SimpleNamespace(
+        model=model,
+        eval_dataset=Dataset.from_list(rows),
+        args=SimpleNamespace(per_device_eval_batch_size=2),
+        accelerator=SimpleNamespace(autocast=contextlib.nullcontext),
+    )
+    found = dpo.CachedReferenceTrainer.kl_to_reference(trainer)
+    assert model.active_adapter == "default"
+
+    def logps(adapter: str, prompt: list[int], answer: list[int]) -> torch.Tensor:
+        model.set_adapter(adapter)
+        with torch.no_grad():
+            return model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+    def kl(one: str, other: str, side: str) -> list[torch.Tensor]:
+        """Of each token, by row."""
+        both = [[logps(name, row["prompt_ids"], row[side]) for name in (one, other)] for row in rows]
+        return [(p.exp() * (p - q)).sum(-1) for p, q in both]
+
+    wanted = kl("default", "ref", "chosen_ids")
+    assert found == pytest.approx(float(torch.cat(wanted).mean()), rel=1e-4)
+    wrong = (
+        torch.cat(kl("ref", "default", "chosen_ids")).mean(),
+        torch.cat(kl("default", "ref", "rejected_ids")).mean(),
+        torch.stack([row.mean() for row in wanted]).mean(),
+        torch.cat(wanted).sum(),
+    )
+    assert [float(value) for value in wrong if abs(value / found - 1) < 0.1] == []
 
 
 def test_a_validation_leaves_trainable_what_was(
@@ -539,9 +620,29 @@ def test_the_reference_is_checked_over_all_tokens(monkeypatch: pytest.MonkeyPatc
         dpo.check_reference(trainer)
 
 
+def test_a_step_that_recovers_is_no_collapse() -> None:
+    watch = dpo.Watch()
+    state = SimpleNamespace(global_step=50)
+    args = SimpleNamespace(beta=0.1)
+    for reward in (-4.0, -1.0, -4.0, 0.5, -4.0):
+        watch.on_log(args, state, None, {"rewards/chosen": reward})
+    with pytest.raises(UserError, match="chosen log-probabilities collapse: 50 nats below"):
+        watch.on_log(args, state, None, {"rewards/chosen": -5.0})
+
+
+def test_a_finished_run_to_start_from_is_refused() -> None:
+    """Policy and reference that are equal give log 2 at first, not 0."""
+    args = SimpleNamespace(beta=0.1)
+    logs = {"loss": 0.0, "rewards/chosen": 0.0}
+    dpo.Watch().on_log(args, SimpleNamespace(global_step=1), None, logs | {"loss": math.log(2)})
+    dpo.Watch().on_log(args, SimpleNamespace(global_step=2), None, logs)
+    with pytest.raises(UserError, match="the loss is 0 at step 1"):
+        dpo.Watch().on_log(args, SimpleNamespace(global_step=1), None, logs)
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Validated rows, of which the card reads source, licence and the first question."""
+    """Validated rows, of which the card reads source and licence."""
     path = tmp_path_factory.mktemp("sources") / "records.parquet"
     turns = [{"role": "user", "content": "What is a thumb?"}, {"role": "assistant", "content": "A finger."}]
     row = {"kind": "chat", "source": "data/raw/own.jsonl", "line": 1, "license": "CC-BY-4.0", "concept": "c", "topic": "t",
@@ -561,6 +662,7 @@ def test_merge_measures_both_and_keeps_the_closer(
         stored,
         facts,
         trained / "adapter",
+        trained / "metrics.json",
         rows,
         sources,
         tmp_path / "model",
@@ -574,7 +676,7 @@ def test_merge_measures_both_and_keeps_the_closer(
     assert found["candidates"]["dequantized"]["kl"] < found["candidates"]["16bit"]["kl"]
     listed = sorted(p.name for p in (tmp_path / "model").iterdir())
     assert "data/raw/own.jsonl: CC-BY-4.0." in (tmp_path / "model/README.md").read_text()
-    assert found["prompt"] == {"system": "You explain.", "question": "What is a thumb?"}
+    assert found["prompt"] == {"system": "You explain.", "question": ""}  # a user's own row is not published
     assert listed == [
         "README.md",
         "chat_template.jinja",
@@ -604,6 +706,7 @@ def test_merge_fails_above_its_limit(
             tiny,
             facts,
             trained / "adapter",
+            trained / "metrics.json",
             rows,
             sources,
             tmp_path / "model",
@@ -623,7 +726,18 @@ def test_a_merged_model_ends_where_its_evaluation_does(
     config = json.loads((stored / "generation_config.json").read_text()) | {"eos_token_id": 7}
     (stored / "generation_config.json").write_text(json.dumps(config))
     paths = tmp_path / "model", tmp_path / "metrics.json"
-    merge.run(stored, facts, trained / "adapter", rows, sources, *paths, Merge(max_kl=1.0), None, Template())
+    merge.run(
+        stored,
+        facts,
+        trained / "adapter",
+        trained / "metrics.json",
+        rows,
+        sources,
+        *paths,
+        Merge(max_kl=1.0),
+        None,
+        Template(),
+    )
     ends = json.loads((tmp_path / "model/generation_config.json").read_text())["eos_token_id"]
     assert ends == sorted({7, chat.load_tokenizer(tiny).eos_token_id})
 
@@ -642,6 +756,14 @@ def test_kl_of_a_distribution_to_itself_is_zero() -> None:
     assert merge.compare(some, some) == {"kl": 0.0, "top1": 1.0}
     wanted = torch.nn.functional.kl_div(other[0], some[0], log_target=True, reduction="batchmean")
     assert merge.compare(some, other)["kl"] == pytest.approx(float(wanted), abs=1e-5)
+
+
+def test_top1_is_how_many_tokens_have_the_same_likeliest() -> None:
+    def likeliest(*tokens: int) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(tokens), 5).float().log_softmax(-1)
+
+    found = merge.compare([likeliest(0, 1, 2), likeliest(3)], [likeliest(0, 1, 4), likeliest(2)])
+    assert found["top1"] == 0.5
 
 
 @pytest.mark.parametrize(

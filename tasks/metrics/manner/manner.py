@@ -4,7 +4,8 @@
 sentences written apart from every training row (a kind sentence that an answer has from them counts all the same: `scripted` of
 `evaluate` says how much of it is such), or on `sentences.ko.jsonl` for text that is mostly Korean. The rest are rates
 per word: second person, first person, hedges; the compound score of VADER (Hutto & Gilbert 2014); and the Flesch-Kincaid
-grade. They are of English: None for Korean. All are None for text in neither Latin script nor Hangul.
+grade. They are of English: None for Korean. All are None for text in neither Latin script nor Hangul. `korean` says which
+classifier it was: kindness of one can't be held against kindness of the other.
 """
 
 import json
@@ -97,6 +98,7 @@ class Manner(evaluate.Metric):
             return english(lambda text: len(pattern.findall(text)) / max(1, len(text.split())))
 
         return {
+            "korean": [None if skip else float(is_korean) for skip, is_korean in zip(unread, foreign, strict=True)],
             "kindness": kindness,
             "second_person": per_word(_SECOND),
             "first_person": per_word(_FIRST),
