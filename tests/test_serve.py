@@ -171,13 +171,12 @@ def test_a_server_that_was_away_is_served_again(
         if len(happened) == 1:
             raise httpx.ConnectError("All connection attempts failed")
 
-    def healthy(url: str) -> bool:
-        assert url == api
+    def healthy() -> bool:
         happened.append(answers.pop(0))
         return happened[-1] is True
 
     monkeypatch.setattr(serve, "serve", runner)
-    monkeypatch.setattr(serve, "_healthy", healthy)
+    monkeypatch.setattr(serve, "_answers", healthy)
     monkeypatch.setattr(serve, "time", SimpleNamespace(sleep=happened.append))
     with temporary_settings({PREFECT_API_URL: api}):
         assert serve.main(["--limit", "3"]) == 0

@@ -362,7 +362,7 @@ def test_layers(path: Path) -> None:
     if path.stem != "stages":
         assert not re.search(r"^\s*(?:from|import) dvc\b", text, re.MULTILINE)
     for module, names in re.findall(r"^\s*from tasks(?:\.(\w+))? import (.+)$", text, re.MULTILINE):
-        assert set([module] if module else names.split(", ")) <= {"params", "compare", "chart"}
+        assert set([module] if module else names.split(", ")) <= {"params", "compare", "chart", "weights"}
     assert not re.search(r"^\s*import tasks", text, re.MULTILINE)
     code = f"import sys, flows.{path.stem}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     run([sys.executable, "-c", code], ROOT)

@@ -621,12 +621,12 @@ def test_the_reference_is_checked_over_all_tokens(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_step_that_recovers_is_no_collapse() -> None:
-    watch = dpo.Watch()
+    watch = dpo.Watch(20)
     state = SimpleNamespace(global_step=50)
     args = SimpleNamespace(beta=0.1)
     for reward in (-4.0, -1.0, -4.0, 0.5, -4.0):
         watch.on_log(args, state, None, {"rewards/chosen": reward})
-    with pytest.raises(UserError, match="chosen log-probabilities collapse: 50 nats below"):
+    with pytest.raises(UserError, match=r"chosen log-probabilities collapse: 2\.5 nats per token below"):
         watch.on_log(args, state, None, {"rewards/chosen": -5.0})
 
 
@@ -634,10 +634,10 @@ def test_a_finished_run_to_start_from_is_refused() -> None:
     """Policy and reference that are equal give log 2 at first, not 0."""
     args = SimpleNamespace(beta=0.1)
     logs = {"loss": 0.0, "rewards/chosen": 0.0}
-    dpo.Watch().on_log(args, SimpleNamespace(global_step=1), None, logs | {"loss": math.log(2)})
-    dpo.Watch().on_log(args, SimpleNamespace(global_step=2), None, logs)
+    dpo.Watch(20).on_log(args, SimpleNamespace(global_step=1), None, logs | {"loss": math.log(2)})
+    dpo.Watch(20).on_log(args, SimpleNamespace(global_step=2), None, logs)
     with pytest.raises(UserError, match="the loss is 0 at step 1"):
-        dpo.Watch().on_log(args, SimpleNamespace(global_step=1), None, logs)
+        dpo.Watch(20).on_log(args, SimpleNamespace(global_step=1), None, logs)
 
 
 @pytest.fixture(scope="module")
