@@ -38,7 +38,7 @@ ABOUT = {
     ),
 }
 LIMITS = ROOT / "bench" / PAGE.name.replace("benchmarks", "limits")  # what stands in the way of bars, by hand
-ONCE = ("growth", "memory", "stages", "data")  # long, so one process of each
+ONCE = ("growth", "memory", "stages", "data", *training.SLOW)  # long, so one process of each
 BUSY = "; beside other work"  # of the machine, when a part began
 AFTER_DPO = ("dpo", "merge", "evaluate@dpo", "report")
 LARGEST = """\
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     rounds, steps = given.rounds, given.steps
     parts: dict[str, Callable[[], Any]] = {
-        **{what: partial(training.measure, what, rounds, steps) for what in training.SYSTEMS},
+        **{what: partial(training.measure, what, 1 if what in ONCE else rounds, steps) for what in training.SYSTEMS},
         "peers": lambda: peers.measure(given.home.resolve(), rounds, steps),
         "peers-dpo": lambda: peers.measure_dpo(given.home.resolve(), rounds, steps),
         "repro": lambda: noop.repro(2 * rounds + 1),
@@ -209,12 +209,15 @@ def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
         others = [rate for name, rate in rates.items() if not name.startswith("reforge")]
         others += [r for r in found.get("peers" if what == "sft" else "peers-dpo", {}).values() if isinstance(r, float)]
         most = found[products][training.ONCE]["rate"] if products in found else None
+        against = [
+            ("the fastest peer", max(others), over_peer),
+            (f"TRL's{training.DEFAULTS[8:]}", rates[training.DEFAULTS], over_trl),
+        ]
+        for name, figures in found.get(f"{what}-bf16", {}).items():
+            against.append((f"TRL's{name[8:]}", figures["rate"], over_trl))
         for name, rate in rates.items():
             if name.startswith("reforge"):
-                for other, figure, asked in (
-                    ("the fastest peer", max(others), over_peer),
-                    (f"TRL's{training.DEFAULTS[8:]}", rates[training.DEFAULTS], over_trl),
-                ):
+                for other, figure, asked in against:
                     limit = most and most / figure
                     bar(f"{what}, {name[9:]}, × {other}", f"≥ {asked}", rate / figure, rate / figure >= asked, limit)
         if most and what == "sft":

@@ -108,9 +108,9 @@ def environment(home: Path, name: str, packages: Sequence[str], without: Sequenc
 
 def _texts() -> list[dict[str, str]]:
     """The rows of `bench.training` as text: `instruction`, `output`, and `rejected` of a pair."""
-    from tasks import chat
+    from tasks import render
 
-    tokenizer = chat.load_tokenizer(BASE)
+    tokenizer = render.load_tokenizer(BASE)
     found = []
     for row in rows():
         asked = tokenizer.decode(row["prompt_ids"]).rsplit("<|im_start|>user\n", 1)[1].split("<|im_end|>")[0]

@@ -72,8 +72,16 @@ SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
     "answers": {"reforge": {}, "one at a time": {"trl": {}}},
     "options": {"reforge": {}, "one at a time": {"trl": {}}},
 }  # fmt: skip
+# where bf16 is slow, TRL as it comes takes minutes for a step: by itself, and few of them
+SLOW: dict[str, dict[str, dict[str, Any]]] = {
+    f"{what}-bf16": {"TRL, its defaults": {"weights": "fp32", "trl": {"bf16": True}, "warm": 1, "steps": 2}}
+    for what in ("sft", "dpo")
+    if not BF16
+}
+SYSTEMS |= SLOW
 UNITS = {
     "sft": "tokens/s", "dpo": "pairs/s", "reference": "pairs/s", "products": "tokens/s", "products-dpo": "pairs/s", "answers": "prompts/s", "options": "prompts/s",
+    "sft-bf16": "tokens/s", "dpo-bf16": "pairs/s",
 }  # fmt: skip
 
 
@@ -81,9 +89,9 @@ def rows(count: int = 160) -> list[dict[str, list[int]]]:
     """`prompt_ids`, `chosen_ids`, `rejected_ids` of so many pairs; each answer ends as an answer does."""
     import polars as pl
 
-    from tasks import chat
+    from tasks import render
 
-    tokenizer = chat.load_tokenizer(BASE)
+    tokenizer = render.load_tokenizer(BASE)
     table = pl.read_parquet(ROOT / "data/ingest/records.parquet").filter(kind="chat", task="definition")
     texts = [turns[-1]["content"] for turns in table.unique("term", maintain_order=True)["messages"]]
     draw = random.Random(0)
@@ -99,9 +107,9 @@ def rows(count: int = 160) -> list[dict[str, list[int]]]:
     for _ in range(count):
         length = draw.randint(60, 146)
         answer = round(0.6 * length)
-        bare = len(chat.encode_prompt(tokenizer, [{"role": "user", "content": ""}], None))
+        bare = len(render.encode_prompt(tokenizer, [{"role": "user", "content": ""}], None))
         asked = tokenizer.decode(some(max(1, length - answer - bare)))
-        prompt = chat.encode_prompt(tokenizer, [{"role": "user", "content": asked}], None)
+        prompt = render.encode_prompt(tokenizer, [{"role": "user", "content": asked}], None)
         other = some(max(2, round(answer * draw.uniform(0.7, 1.3))))
         out.append(
             {
@@ -122,8 +130,9 @@ def work(what: str, settings: dict[str, Any], steps: int) -> dict[str, Any]:
 
     how = {
         "sft": _sft, "dpo": _dpo, "reference": _reference, "products": _products, "products-dpo": _products, "answers": _answers, "options": _options,
+        "sft-bf16": _sft, "dpo-bf16": _dpo,
     }  # fmt: skip
-    found = how[what](settings, steps)
+    found = how[what](settings, settings.get("steps", steps))
     return found | {"peak": stage.peak_bytes()}
 
 
@@ -146,7 +155,7 @@ def _model(settings: dict[str, Any]) -> Any:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
 
 
-def _clock() -> Any:
+def _clock(settings: dict[str, Any]) -> Any:
     """A callback that notes when a step ended and how many tokens it had had by then."""
     from transformers import TrainerCallback
 
@@ -162,8 +171,9 @@ def _clock() -> Any:
 
         def rate(self, each: float | None) -> float:
             """Tokens per second after the first steps, or `each` per step."""
-            (began, before), (ended, after) = self.ends[WARM - 1], self.ends[-1]
-            done = each * (len(self.ends) - WARM) if each else after - before
+            warm: int = settings.get("warm", WARM)
+            (began, before), (ended, after) = self.ends[warm - 1], self.ends[-1]
+            done = each * (len(self.ends) - warm) if each else after - before
             return done / (ended - began)
 
     return Clock()
@@ -172,7 +182,7 @@ def _clock() -> Any:
 def _arguments(settings: dict[str, Any], steps: int, folder: str) -> dict[str, Any]:
     own: dict[str, Any] = {
         "per_device_train_batch_size": BATCH,
-        "max_steps": steps + WARM,
+        "max_steps": steps + settings.get("warm", WARM),
         "learning_rate": 2e-4,
         "logging_steps": 1,
     }
@@ -183,7 +193,7 @@ def _arguments(settings: dict[str, Any], steps: int, folder: str) -> dict[str, A
         return training.arguments(own, 0, Path(folder), False) | {"max_length": None}
     theirs: dict[str, Any] = settings["trl"]
     return own | theirs | {
-        "output_dir": folder, "use_cpu": True, "bf16": BF16, "report_to": "none", "save_strategy": "no", "seed": 0,
+        "output_dir": folder, "use_cpu": True, "bf16": theirs.get("bf16", BF16), "report_to": "none", "save_strategy": "no", "seed": 0,
         "max_length": None, "dataloader_pin_memory": False,
     }  # fmt: skip
 
@@ -204,23 +214,23 @@ def _sft(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from tasks import chat
+    from tasks import render
 
     data = [
         {
             "input_ids": row["prompt_ids"] + row["chosen_ids"],
-            "labels": [chat.IGNORED] * len(row["prompt_ids"]) + row["chosen_ids"],
+            "labels": [render.IGNORED] * len(row["prompt_ids"]) + row["chosen_ids"],
         }
         for row in rows()
     ]
-    clock = _clock()
+    clock = _clock(settings)
     with tempfile.TemporaryDirectory() as folder:
         arguments = _arguments(settings, steps, folder)
         trainer = SFTTrainer(
             model=_model(settings),
             args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
             train_dataset=Dataset.from_list(data),
-            processing_class=chat.load_tokenizer(BASE),
+            processing_class=render.load_tokenizer(BASE),
             callbacks=[clock],
         )
         return _trained(trainer, clock, settings, None)
@@ -241,11 +251,11 @@ def _dpo(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     from datasets import Dataset
     from trl import DPOConfig
 
-    from tasks import chat
+    from tasks import render
     from tasks.dpo import CachedReferenceTrainer
 
     data: list[dict[str, Any]] = list(rows())
-    clock, kind, model = _clock(), _tokenised(), _model(settings)
+    clock, kind, model = _clock(settings), _tokenised(), _model(settings)
     with tempfile.TemporaryDirectory() as folder:
         arguments = _arguments(settings, steps, folder)
         if "trl" not in settings:
@@ -260,7 +270,7 @@ def _dpo(settings: dict[str, Any], steps: int) -> dict[str, Any]:
             model=model,
             args=DPOConfig(**arguments),
             train_dataset=Dataset.from_list(data),
-            processing_class=chat.load_tokenizer(BASE),
+            processing_class=render.load_tokenizer(BASE),
             callbacks=[clock],
         )
         return _trained(trainer, clock, settings, BATCH)
@@ -282,7 +292,7 @@ def _reference(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     from datasets import Dataset
     from trl import DPOConfig
 
-    from tasks import chat
+    from tasks import render
 
     data: list[dict[str, Any]] = [*rows()[: BATCH * steps]]
     if "trl" not in settings:
@@ -297,7 +307,7 @@ def _reference(settings: dict[str, Any], steps: int) -> dict[str, Any]:
             model=_model(settings),
             args=DPOConfig(**arguments),
             train_dataset=Dataset.from_list(data),
-            processing_class=chat.load_tokenizer(BASE),
+            processing_class=render.load_tokenizer(BASE),
         )
         few = Dataset.from_list(data[:BATCH])
         trainer._precompute_ref_logps(few, "warm", BATCH)
@@ -379,14 +389,14 @@ def _counts(pairs: bool) -> tuple[float, float, float]:
 
 
 def _answers(settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    from tasks import chat, models
+    from tasks import decode, models, render
 
-    model, tokenizer = models.load(BASE, None), chat.load_tokenizer(BASE)
+    model, tokenizer = models.load(BASE, None), render.load_tokenizer(BASE)
     prompts = [row["prompt_ids"] for row in rows()[: 8 if "trl" in settings else 64]]
     forced = {"min_new_tokens": 32}  # all do the same work
-    models.generate(model, tokenizer, prompts[:1], forced, 32, 1)
+    decode.generate(model, tokenizer, prompts[:1], forced, 32, 1)
     began = time.perf_counter()
-    models.generate(model, tokenizer, prompts, forced, 32, 1 if "trl" in settings else 64)
+    decode.generate(model, tokenizer, prompts, forced, 32, 1 if "trl" in settings else 64)
     return {"rate": len(prompts) / (time.perf_counter() - began)}
 
 

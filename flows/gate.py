@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tasks.compare import Item, alike, bootstrap, finite, floor, read
+from tasks.compare import Item, alike, bootstrap, concepts_of, finite, floor, read
 from tasks.params import Gate, Limit, UserError
 
 __all__ = ["Row", "Verdict", "check", "decide", "read"]
@@ -157,7 +157,8 @@ def _row(
     mean, champion = _mean(ours), _mean(theirs)
     difference = low = high = None
     if common:
-        difference, low, high = _interval([ours[i] - theirs[i] for i in common], params)
+        about = concepts_of([by_id[1][i] for i in common])
+        difference, low, high = _interval([ours[i] - theirs[i] for i in common], about, params)
 
     def row(ok: bool, reason: str) -> Row:
         return Row(key, len(common), champion, mean, difference, low, high, ", ".join(asked), ok, reason)
@@ -208,7 +209,9 @@ def _general(base_items: Sequence[Item], challenger_items: Sequence[Item], param
     common = sorted(base.keys() & ours.keys())
     difference = low = high = None
     if common:
-        difference, low, high = _interval([ours[i] - base[i] for i in common], params)
+        about = {str(item["id"]): item for item in challenger_items}
+        concepts = concepts_of([about[i] for i in common])
+        difference, low, high = _interval([ours[i] - base[i] for i in common], concepts, params)
     if broken:
         ok, reason = False, f"is no finite number in {_items(broken)} of the challenger"
     elif gone := _unscored(base, ours, GENERAL, {str(item["id"]): item for item in challenger_items}, "the base"):
@@ -223,9 +226,11 @@ def _general(base_items: Sequence[Item], challenger_items: Sequence[Item], param
     return Row(name, len(common), _mean(base), _mean(ours), difference, low, high, limit, ok, reason)
 
 
-def _interval(differences: Sequence[float], params: Gate) -> tuple[float, float, float]:
-    """Mean of paired differences and its bootstrap interval."""
-    low, high = bootstrap(differences, confidence=params.confidence, resamples=params.bootstrap, seed=SEED)
+def _interval(differences: Sequence[float], concepts: Sequence[str], params: Gate) -> tuple[float, float, float]:
+    """Mean of paired differences and its bootstrap interval; what one concept has of them is drawn together."""
+    low, high = bootstrap(
+        differences, confidence=params.confidence, resamples=params.bootstrap, seed=SEED, concepts=concepts
+    )
     return math.fsum(differences) / len(differences), low, high
 
 

@@ -17,7 +17,7 @@ from pyarrow import parquet
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from tasks import chat, models, stage, training
+from tasks import models, render, stage, training
 from tasks.params import UserError
 
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
@@ -66,7 +66,7 @@ def run(
         args=config,
         train_dataset=parts["train"],
         eval_dataset=parts["validation"] if validated else None,
-        processing_class=chat.load_tokenizer(base),
+        processing_class=render.load_tokenizer(base),
         callbacks=[watch, training.Curves(plots), *training.early_stopping(params, validated)],
     )
     models.adapter_float32(trainer.model)

@@ -15,6 +15,7 @@ Some items are decoded again, greedily and with several seeds: what the scores o
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -27,20 +28,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from tasks import chat, compare, models, phenotype, phrases, stage
+from tasks import compare, decode, models, phenotype, phrases, render, stage
 from tasks import records as recs
 from tasks.params import Evaluate, Template, UserError
 
 KL_BATCH = 8  # answers whose logits over the whole vocabulary are held at once
-KL_ROWS, KL_TOKENS = (
-    64,
-    4096,
-)  # compared: each token has the whole vocabulary in float32, 2.3 GiB in all for one of 152,000
+# compared: each token has the whole vocabulary in float32, 2.3 GiB in all for one of 152,000
+KL_ROWS, KL_TOKENS = 64, 4096
 # another wording of a question of any domain, and of one in Korean
 COURTESIES = ("{} Thank you.", "I have a question. {}")
 COURTESIES_KO = ("{} 감사합니다.", "궁금한 것이 있습니다. {}")
+# behind a consonant, behind a vowel; the longer first
+PARTICLES = (("이란", "란"), ("이라", "라"), ("으로", "로"), ("은", "는"), ("이", "가"), ("을", "를"), ("과", "와"))
 # turns of each prompt, a label, an offset of the seed, GenerationConfig → answers, and whether each was cut
-Said = Callable[..., list[tuple[str, bool]]]
+Said = Callable[..., list[decode.Answer]]
+# what no module of `evaluate.metrics` may call a score
+TAKEN = {
+    "id", "set", "task", "concept", "term", "question", "answer", "reference", "options", "correct", "nll", "cut", "empty",
+    "declined", "lay_used", "terms_used", "referred", "scripted", "reworded", "consistency", "noise",
+}  # fmt: skip
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}  # the model's own distribution
 
 
@@ -57,7 +63,7 @@ def run(
             the model that this one was trained from; equal to `model` for the base itself.
         harness: folder of local tasks for lm-eval; read only if `evaluate.lm_eval.tasks` names any.
     """
-    tokenizer = chat.load_tokenizer(base)
+    tokenizer = render.load_tokenizer(base)
     table = recs.read(test)
     if params.limit:
         table = table.group_by("set", "task", maintain_order=True).head(params.limit)
@@ -68,6 +74,7 @@ def run(
             "id": row["id"],
             "set": row["set"],
             "task": row["task"],
+            "concept": row["concept"],
             "term": row["term"],
             "question": _question(row),
         }
@@ -75,11 +82,11 @@ def run(
     }
     multiple_choice(rows, items, subject, tokenizer, params, template, seed)
 
-    def said(turns: list[list[dict[str, str]]], label: str, offset: int = 0, **sampling: Any) -> list[tuple[str, bool]]:
+    def said(turns: list[list[dict[str, str]]], label: str, offset: int = 0, **sampling: Any) -> list[decode.Answer]:
         torch.manual_seed(seed + offset)
-        prompts = [chat.encode_prompt(tokenizer, asked, template.system) for asked in turns]
+        prompts = [render.encode_prompt(tokenizer, asked, template.system) for asked in turns]
         given = generation | sampling
-        return models.generated(
+        return decode.generate(
             subject, tokenizer, prompts, given, params.max_new_tokens, params.batch_size, progress=label
         )
 
@@ -99,7 +106,7 @@ def run(
     drift: dict[str, float | None] = {"to_base": 0.0, "to_reference": 0.0}
     if model != base:
         general = _bounded(_cut(tokenizer, row, template.system) for row in rows if row["kind"] == "choice")
-        prompts = [chat.encode_prompt(tokenizer, _asked(row), template.system) for row in generated]
+        prompts = [render.encode_prompt(tokenizer, _asked(row), template.system) for row in generated]
         spoken = _bounded((p, _ended(tokenizer, t)) for p, t in zip(prompts, texts, strict=True) if t)
         size = min(params.batch_size, KL_BATCH)
         ours = [models.distributions(subject, part, size) for part in (general, spoken)]
@@ -165,8 +172,8 @@ def _ended(tokenizer: Any, text: str) -> list[int]:
 def _cut(tokenizer: Any, row: dict[str, Any], system: str | None) -> tuple[list[int], list[int]]:
     """A general item as (what stands before the question, question and right answer)."""
     text = [*row["messages"], {"role": "assistant", "content": f"The answer is {row['options'][row['answer']]}."}]
-    ids, _ = chat.encode(tokenizer, text, system)
-    empty, _ = chat.encode(tokenizer, [{"role": "user", "content": ""}], system, prompt=True)
+    ids, _ = render.encode(tokenizer, text, system)
+    empty, _ = render.encode(tokenizer, [{"role": "user", "content": ""}], system, prompt=True)
     start = next((i for i, (a, b) in enumerate(zip(ids, empty, strict=False)) if a != b), 1)
     return ids[:start], ids[start:]
 
@@ -178,13 +185,13 @@ def options_of(row: dict[str, Any], pool: Sequence[dict[str, Any]], count: int, 
     """
     right, asked = row["messages"][-1]["content"], _question(row)
     # as the question writes them
-    names = {key: found[0] for key in ("term", "lay") if row[key] and (found := _name(row[key]).search(asked))}
+    names = {key: found["name"] for key in ("term", "lay") if row[key] and (found := _name(row[key]).search(asked))}
     seen, others = {right.casefold()}, []
     for other in pool:
         text = other["messages"][-1]["content"]
         for key, name in names.items():
             if other[key]:
-                text = _name(other[key]).sub(lambda _, name=name: name, text)  # type: ignore[misc]
+                text = _name(other[key]).sub(lambda found, name=name: _in_place(found, name), text)  # type: ignore[misc]
         if text.casefold() not in seen and other["concept"] != row["concept"]:
             seen.add(text.casefold())
             others.append((other["topic"] != row["topic"], abs(len(text) - len(right)), text))
@@ -194,7 +201,28 @@ def options_of(row: dict[str, Any], pool: Sequence[dict[str, Any]], count: int, 
 
 
 def _name(text: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
+    """The name as a word: in Korean also what a particle or a noun is written behind, without a space."""
+    behind = rf"(?P<particle>{'|'.join(itertools.chain(*PARTICLES))})?" if _hangul(text) else r"(?P<particle>)(?!\w)"
+    return re.compile(rf"(?<!\w)(?P<name>{re.escape(text)}){behind}", re.IGNORECASE)
+
+
+def _in_place(found: re.Match[str], name: str) -> str:
+    """`name` where another name was found, written as that was: its capital, the particle that its last syllable asks for."""
+    if found["name"][0].isupper() and name[0].islower():
+        name = name[0].upper() + name[1:]
+    elif found["name"][0].islower() and name[0].isupper() and name[1:].islower():
+        name = name[0].lower() + name[1:]
+    particle = found["particle"] or ""
+    for pair in PARTICLES if _hangul(name) else ():
+        if particle in pair:
+            closed = (ord(name[-1]) - ord("가")) % 28  # the final consonant, 8 is ㄹ
+            particle = pair[not closed or (closed == 8 and particle in ("으로", "로"))]
+    return name + particle
+
+
+def _hangul(text: str) -> bool:
+    """Whether it ends in a syllable of Korean."""
+    return "가" <= text[-1] <= "힣"
 
 
 def multiple_choice(
@@ -234,10 +262,10 @@ def multiple_choice(
             continue
         # other rows of the test are the wrong ones, so that a larger test asks otherwise
         among[row["id"]] = hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:16]
-        prompt = chat.encode_prompt(tokenizer, _asked(row), template.system)
+        prompt = render.encode_prompt(tokenizer, _asked(row), template.system)
         if row["kind"] == "choice":
             choices = [f"The answer is {text}." for text in choices]
-        encoded = [chat.encode_answer(tokenizer, _asked(row), text, template.system) for text in choices]
+        encoded = [render.encode_answer(tokenizer, _asked(row), text, template.system) for text in choices]
         # each ends in a token of its own, so that none is the beginning of another
         shared = next((i for i, tokens in enumerate(zip(*encoded, strict=False)) if len(set(tokens)) > 1), 0)
         if row["kind"] == "choice":
@@ -269,13 +297,13 @@ def scored(rows: list[dict[str, Any]], texts: list[str], metrics: list[str]) -> 
     """The scores of each row's answer, by name.
 
     `declined` says that the answer admits not to know; `terms_used` is the share of a term's clinical and everyday name
-    that it says; `scripted` the share of its sentences that the composed pairs teach word for word. The rest comes from the
+    that it says, of those that the question does not; `scripted` the share of its sentences that the composed pairs teach word for word. The rest comes from the
     modules that `metrics` names. `kindness` and `valence` are of the answer without the words of its subject, since
-    "pain" is no unkind word there, and `kindness_apart` is of that without `scripted` sentences too. `recall` asks for the
-    words of the reference that the question does not say already.
+    "pain" is no unkind word there, and `kindness_apart` is of that without `scripted` sentences too. A module that takes
+    `questions` is given them.
 
     Raises:
-        UserError: a module that gives one score for all answers, or no finite number.
+        UserError: a module that gives one score for all answers, or no finite number, or by a name that is taken.
     """
     import evaluate
 
@@ -292,7 +320,9 @@ def scored(rows: list[dict[str, Any]], texts: list[str], metrics: list[str]) -> 
             found["declined"] = float(phrases.declined(text, row["task"]))
         if row["lay"]:
             found["lay_used"] = float(row["lay"].lower() in text.lower())
-        if row["kind"] == "chat" and (names := [name.lower() for name in (row["term"], row["lay"]) if name]):
+        asked = _question(row).lower()
+        names = [name.lower() for name in (row["term"], row["lay"]) if name and name.lower() not in asked]
+        if row["kind"] == "chat" and names:
             found["terms_used"] = sum(name in text.lower() for name in names) / len(names)
         if row["task"] == "advice":
             found["referred"] = float(phrases.refers(text))
@@ -301,24 +331,24 @@ def scored(rows: list[dict[str, Any]], texts: list[str], metrics: list[str]) -> 
     def masked(answers: Sequence[str]) -> list[str]:
         return [mask(a, row["term"], row["lay"], ref) for a, row, ref in zip(answers, rows, references, strict=True)]
 
-    # what a module is given in place of answers and references, for these of its scores
-    others: dict[str, dict[tuple[str, ...], tuple[list[str], list[str]]]] = {
-        "manner": {
-            ("kindness", "valence"): (masked(texts), references),
-            ("kindness_apart",): (masked([" ".join(sentences) for sentences in own]), references),
-        },
-        "overlap": {
-            ("recall",): (texts, [without(ref, _question(r)) for ref, r in zip(references, rows, strict=True)])
-        },
+    # what `manner` is given in place of answers, for these of its scores
+    manner = {
+        ("kindness", "valence"): masked(texts),
+        ("kindness_apart",): masked([" ".join(sentences) for sentences in own]),
     }
     for name in metrics:
         module = evaluate.load(f"./{name}")
-        values = dict(module.compute(predictions=texts, references=references) or {})
-        for chosen, (answers, wanted) in others.get(Path(name).name, {}).items():
-            again = module.compute(predictions=answers, references=wanted) or {}
-            values |= {measure: again[measure.removesuffix("_apart")] for measure in chosen}
+        given: dict[str, Any] = {"references": references}
+        if "questions" in inspect.signature(module._compute).parameters:
+            given["questions"] = [_question(row) for row in rows]
+        values = dict(module.compute(predictions=texts, **given) or {})
+        for chosen, answers in manner.items() if Path(name).name == "manner" else ():
+            again = module.compute(predictions=answers, **given) or {}
+            values |= {m: again[kept] for m in chosen if (kept := m.removesuffix("_apart")) in again}
         for measure, scores in values.items():
-            if not isinstance(scores, list) or len(scores) != len(rows):
+            if measure in TAKEN:
+                raise UserError(f"evaluate.metrics: {name} gives {measure}, which evaluate itself does: rename it")
+            if not hasattr(scores, "__len__") or isinstance(scores, str) or len(scores) != len(rows):
                 raise UserError(
                     f"evaluate.metrics: {name} gives one {measure} for all answers; a module that scores each is needed"
                 )
@@ -328,6 +358,10 @@ def scored(rows: list[dict[str, Any]], texts: list[str], metrics: list[str]) -> 
                 if not math.isfinite(score):
                     raise UserError(
                         f"evaluate.metrics: {name}: {measure} of row {row['id']} is {score}, no finite number"
+                    )
+                if measure in compare.BINARY and score not in (0, 1):
+                    raise UserError(
+                        f"evaluate.metrics: {name}: {measure} of row {row['id']} is {score}; by that name it is a share of zeros and ones"
                     )
                 found[measure] = float(score)
     return out
@@ -419,13 +453,6 @@ def mask(text: str, term: str | None, lay: str | None, reference: str) -> str:
     return re.sub(r"\w+", lambda m: "" if m[0].lower() in known else m[0], text).strip()
 
 
-def without(reference: str, question: str) -> str:
-    """`reference` without the words of the question, which an answer may repeat and know nothing; itself if none is left."""
-    known = set(re.findall(r"\w+", question.lower()))
-    rest = " ".join(w for w in reference.split() if re.sub(r"\W", "", w.lower()) not in known)
-    return rest if re.search(r"\w", rest) else reference
-
-
 def divergence(ours: Sequence[torch.Tensor], other: Any, rows: Sequence[models.Row], batch_size: int) -> float | None:
     """Mean over tokens of KL(ours ‖ other) over the whole vocabulary, in nats, at the second part of each row; None of no rows.
 
@@ -441,17 +468,22 @@ def divergence(ours: Sequence[torch.Tensor], other: Any, rows: Sequence[models.R
     return total / tokens if tokens else None
 
 
-def interval(values: Sequence[float], resamples: int, seed: int, *, share: bool = False) -> dict[str, float]:
-    """Mean with its 95 % interval and n: Wilson's for a `share`, of zeros and ones, which has a width where all are alike
-    too; bootstrapped for any other.
+def interval(
+    values: Sequence[float], resamples: int, seed: int, *, concepts: Sequence[str], share: bool = False
+) -> dict[str, float]:
+    """Mean with its 95 % interval and n. `concepts`: what each value is about, see `compare.bootstrap`.
+
+    Of a `share`, of zeros and ones, it is Wilson's, which has a width where all are alike too, unless concepts have several
+    values that differ; else it is bootstrapped.
     """
-    if share:
+    own = len(set(concepts))
+    if share and (own == len(values) or len(set(values)) == 1):
         from scipy.stats import binomtest
 
-        found = binomtest(round(sum(values)), len(values)).proportion_ci(0.95, method="wilson")
+        found = binomtest(round(sum(values) * own / len(values)), own).proportion_ci(0.95, method="wilson")
         low, high = float(found.low), float(found.high)
     else:
-        low, high = compare.bootstrap(values, resamples=resamples, seed=seed)
+        low, high = compare.bootstrap(values, resamples=resamples, seed=seed, concepts=concepts)
     return {"value": round(float(np.mean(values)), 4), "low": round(low, 4), "high": round(high, 4), "n": len(values)}
 
 
@@ -459,9 +491,10 @@ def summarise(items: Sequence[compare.Item], resamples: int, seed: int) -> dict[
     """Every figure that the items allow, nested by the keys of `compare.MEASURES`; a perplexity is exp of the mean."""
     out: dict[str, Any] = {}
     for measure in compare.MEASURES:
-        values = [item[measure.field] for item in compare.of(measure, items)]
-        if values:
-            found = interval(values, resamples, seed, share=measure.field in compare.BINARY)
+        about = compare.of(measure, items)
+        if values := [item[measure.field] for item in about]:
+            concepts, share = compare.concepts_of(about), measure.field in compare.BINARY
+            found = interval(values, resamples, seed, concepts=concepts, share=share)
             if measure.key.endswith("perplexity"):
                 found = {k: v if k == "n" else round(math.exp(v), 4) for k, v in found.items()}
             _put(out, measure.key, found)

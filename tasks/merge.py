@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks import card, chat, models, stage
+from tasks import card, models, render, stage
 from tasks import records as recs
 from tasks.params import Merge, Template, UserError
 
@@ -79,8 +79,8 @@ def run(
         )
     shutil.rmtree(model, ignore_errors=True)
     kept.config._name_or_path = kept.name_or_path = ""
-    tokenizer = chat.load_tokenizer(base)
-    if (ends := chat.ends(kept, tokenizer)) != [kept.generation_config.eos_token_id]:
+    tokenizer = render.load_tokenizer(base)
+    if (ends := render.ends(kept, tokenizer)) != [kept.generation_config.eos_token_id]:
         kept.generation_config.eos_token_id = ends  # whoever serves the model reads no tokenizer for it
     kept.save_pretrained(str(model), max_shard_size=params.max_shard_size)
     tokenizer.save_pretrained(str(model))
@@ -98,7 +98,7 @@ def answers(path: Path, count: int) -> list[models.Row]:
     """(prompt, answer) of the first `count` rows, of `MOST_TOKENS` in all: cut at the first supervised token."""
     out, left = list[models.Row](), MOST_TOKENS
     for ids, labels in recs.read(path).head(count).select("input_ids", "labels").iter_rows():
-        at = next(i for i, label in enumerate(labels) if label != chat.IGNORED)
+        at = next(i for i, label in enumerate(labels) if label != render.IGNORED)
         if not left:
             break
         out.append((ids[:at], ids[at : at + left]))

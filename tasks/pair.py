@@ -18,7 +18,7 @@ from typing import Any
 import pandera.polars as pa
 import polars as pl
 
-from tasks import chat, models, phenotype, stage
+from tasks import decode, models, phenotype, render, stage
 from tasks import records as recs
 from tasks.params import Pair, Template, UserError
 
@@ -58,7 +58,7 @@ def run(
         metrics.write_text(json.dumps({"pairs": 0, "train": 0, "validation": 0, "kinds": {}}, indent=2) + "\n")
         bias.write_text(BIAS)
         return "no pairs, as pair.mode asks"
-    rng, tokenizer = random.Random(seed), chat.load_tokenizer(base)
+    rng, tokenizer = random.Random(seed), render.load_tokenizer(base)
     dropped: dict[str, int] = {}
     if params.mode == "compose":
         pairs = compose(splits, base, adapter, params, template, quantization, generation, seed, rng)
@@ -125,9 +125,10 @@ def _table(pairs: list[dict[str, Any]]) -> pl.DataFrame:
 def _tokens(pair: dict[str, Any], tokenizer: Any, template: Template) -> int:
     """Of the prompt and the longer side."""
     sides = [
-        chat.encode_answer(tokenizer, pair["messages"], pair[side], template.system) for side in ("chosen", "rejected")
+        render.encode_answer(tokenizer, pair["messages"], pair[side], template.system)
+        for side in ("chosen", "rejected")
     ]
-    return len(chat.encode_prompt(tokenizer, pair["messages"], template.system)) + max(map(len, sides))
+    return len(render.encode_prompt(tokenizer, pair["messages"], template.system)) + max(map(len, sides))
 
 
 def _bias(table: pl.DataFrame) -> dict[str, float]:
@@ -288,13 +289,14 @@ def _answers(
     quantization: dict[str, Any] | None, generation: dict[str, Any], seed: int,
 ) -> list[str]:  # fmt: skip
     """What the SFT model says by itself: the natural rejected side of a question that it should decline."""
-    tokenizer = chat.load_tokenizer(base)
+    tokenizer = render.load_tokenizer(base)
     model = models.cast(models.load_merged(base, adapter, quantization), models.compute_dtype())
     models.seed_everything(seed)
-    prompts = [chat.encode_prompt(tokenizer, row["messages"], template.system) for row in rows]
-    return models.generate(
+    prompts = [render.encode_prompt(tokenizer, row["messages"], template.system) for row in rows]
+    found = decode.generate(
         model, tokenizer, prompts, generation, max_new_tokens=NEW_TOKENS, batch_size=BATCH, progress="SFT answers"
     )
+    return [answer.text for answer in found]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 import torch
 
-from tasks import chat, models, stage
+from tasks import models, render, stage
 from tasks import records as recs
 from tasks.params import Reference, Template, UserError
 
@@ -47,12 +47,12 @@ def run(
         recs.write(pl.DataFrame(schema=SCHEMA), out)
         metrics.write_text("{}\n")
         return "no pairs"
-    tokenizer = chat.load_tokenizer(base)
+    tokenizer = render.load_tokenizer(base)
     rows: list[dict[str, Any]] = []
     for pair in table.iter_rows(named=True):
-        prompt = chat.encode_prompt(tokenizer, pair["messages"], template.system)
+        prompt = render.encode_prompt(tokenizer, pair["messages"], template.system)
         sides = {
-            side: chat.encode_answer(tokenizer, pair["messages"], pair[side], template.system)
+            side: render.encode_answer(tokenizer, pair["messages"], pair[side], template.system)
             for side in ("chosen", "rejected")
         }
         longest = len(prompt) + max(len(ids) for ids in sides.values())

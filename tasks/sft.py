@@ -12,7 +12,7 @@ from datasets import Dataset
 from pyarrow import parquet
 from trl import SFTConfig, SFTTrainer
 
-from tasks import chat, models, params, stage, training
+from tasks import models, params, render, stage, training
 
 
 def run(
@@ -38,7 +38,7 @@ def run(
     given |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": True}
     config = training.config(SFTConfig, "sft", given)
     longest = max(len(ids) for part in parts.values() for ids in part["input_ids"])
-    tokenizer = chat.load_tokenizer(base)
+    tokenizer = render.load_tokenizer(base)
     model = models.new_adapter(models.load(base, quantization, models.attention(longest)), lora, seed)
     watch = training.Watch()
     trainer = SFTTrainer(

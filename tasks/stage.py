@@ -186,9 +186,8 @@ def check_inputs(stage: str, paths: list[Path]) -> None:
         return
     recorded = (yaml.load(lock.read_text(), yaml.CSafeLoader) or {}).get("stages") or {}
     names = [path.as_posix() for path in paths]
-    made: dict[
-        str, dict[str, str]
-    ] = {}  # path → maker → MD5; of a renamed stage the old entry stays in dvc.lock for ever
+    # path → maker → MD5; of a renamed stage the old entry stays in dvc.lock for ever
+    made: dict[str, dict[str, str]] = {}
     for maker, entry in recorded.items():
         for out in entry.get("outs", ()) if maker != stage else ():
             path = out["path"]

@@ -1,6 +1,6 @@
 """template: rows through the model's chat template, with the loss on answers only.
 
-The code is `tasks.chat`'s, which `evaluate` and `chat` use too, so that a training prompt and an inference prompt are the
+The code is `tasks.render`'s, which `evaluate` and `chat` use too, so that a training prompt and an inference prompt are the
 same tokens. Replay rows (general chat, against forgetting) are mixed in here.
 """
 
@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from tasks import chat, stage
+from tasks import render, stage
 from tasks.params import Template, UserError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def run(
     """
     from tasks import records as recs
 
-    tokenizer = chat.load_tokenizer(base)
+    tokenizer = render.load_tokenizer(base)
     wanted = round(params.replay * sum(table.height for table in recs.chunks(splits / "train.parquet")))
     replay = [i for table in recs.chunks(splits / "replay.parquet") for i in table["id"]]
     if wanted and not replay:
@@ -143,8 +143,8 @@ def _encoded(
         where = f"{record['source']}:{record['line']}"
         out: list[int | str | UserError] = []
         try:
-            for part in chat.conversations(tokenizer, record["messages"], params.system):
-                ids, labels = chat.encode(tokenizer, part, params.system)
+            for part in render.conversations(tokenizer, record["messages"], params.system):
+                ids, labels = render.encode(tokenizer, part, params.system)
                 if not _supervised(labels):
                     out.append(f"{where}: no supervised token")
                 elif len(ids) > params.max_length:
@@ -157,7 +157,7 @@ def _encoded(
 
 
 def _supervised(labels: Sequence[int]) -> int:
-    return sum(label != chat.IGNORED for label in labels)
+    return sum(label != render.IGNORED for label in labels)
 
 
 def _tables(tokens: Tokens, rows: Sequence[int]) -> Iterator["pl.DataFrame"]:
@@ -184,7 +184,7 @@ def _show(tokenizer: Any, ids: list[int], labels: list[int]) -> str:
     """The row as text, runs of supervised tokens in brackets."""
     text, run, supervised = "", list[int](), False
     for token, label in [*zip(ids, labels, strict=True), (0, None)]:
-        now = label is not None and label != chat.IGNORED
+        now = label is not None and label != render.IGNORED
         if run and (label is None or now != supervised):
             piece = tokenizer.decode(run, skip_special_tokens=False)
             text += f"【{piece}】" if supervised else str(piece)

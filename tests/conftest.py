@@ -75,9 +75,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny: Path):
-    from tasks import chat
+    from tasks import render
 
-    return chat.load_tokenizer(tiny)
+    return render.load_tokenizer(tiny)
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from flows import gate
-from tasks import chat, compare, evaluate, models, records
+from tasks import compare, evaluate, models, records, render
 from tasks.params import Evaluate, Gate, Limit, Template, UserError
 from tests.conftest import ROOT
 from tests.test_report import Items, answers, made, write_inputs
@@ -239,9 +239,9 @@ def folder(tiny: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory)
     records.write(records.frame(rows).with_columns(set=pl.lit("trained")), where / "test.parquet")
     models.seed_everything(0)
     model = models.load(tiny, None).float().requires_grad_().train()
-    encoded = [chat.encode(tokenizer, row["messages"], None) for row in rows]
+    encoded = [render.encode(tokenizer, row["messages"], None) for row in rows]
     ids = models.pad([a for a, _ in encoded], 0)
-    labels = models.pad([b for _, b in encoded], chat.IGNORED)
+    labels = models.pad([b for _, b in encoded], render.IGNORED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(120):
         loss = model(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss

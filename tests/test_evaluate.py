@@ -15,6 +15,7 @@ import torch
 from tasks import evaluate as stage
 from tasks import models, phenotype, records
 from tasks.params import Evaluate, LmEval, Template, UserError
+from tests.conftest import ROOT
 
 METRICS = ["tasks/metrics/overlap", "tasks/metrics/manner", "tasks/metrics/form"]
 
@@ -137,11 +138,11 @@ def test_choice_is_the_best_mean_loglikelihood(test_rows: Path, tiny: Path, tmp_
     _, items = _run(test_rows, tiny, tiny, tiny, tmp_path)
     item = next(i for i in items if i["set"] == "general")
     row = next(r for r in records.read(test_rows).to_dicts() if r["id"] == item["id"])
-    from tasks import chat
+    from tasks import render
 
     model = models.load(tiny, None)
-    prompt = chat.encode_prompt(tokenizer, row["messages"], None)
-    encoded = [chat.encode_answer(tokenizer, row["messages"], f"The answer is {o}.", None) for o in row["options"]]
+    prompt = render.encode_prompt(tokenizer, row["messages"], None)
+    encoded = [render.encode_answer(tokenizer, row["messages"], f"The answer is {o}.", None) for o in row["options"]]
     shared = next(i for i in range(99) if len({ids[i] for ids in encoded}) > 1)
     means = [np.mean(models.answer_logprobs(model, [(prompt, ids)], 1)[0][shared:]) for ids in encoded]
     assert item["correct"] == float(int(np.argmax(means)) == row["answer"])
@@ -297,6 +298,17 @@ def test_divergence_is_the_kl_of_the_whole_vocabulary(tiny: Path) -> None:
     assert stage.scored([], [], METRICS) == []
 
 
+def test_a_module_of_ones_own_may_have_a_known_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = (ROOT / "tasks/metrics/form/form.py").read_text()
+    monkeypatch.chdir(tmp_path)
+    for name in ("overlap", "manner"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        (tmp_path / "own" / name / f"{name}.py").write_text(form)
+    row = {"id": "a", "kind": "chat", "task": "answer", "term": None, "lay": None, "messages": [{"role": "assistant", "content": "Yes."}]}  # fmt: skip
+    (found,) = stage.scored([row], ["Well, yes."], ["own/overlap", "own/manner"])
+    assert (found["words"], "recall" in found, "kindness" in found) == (2.0, False, False)
+
+
 def test_manner_is_judged_without_the_knowledge() -> None:
     text = 'I understand your worry. In everyday words, kyphosis is "hunched back". Exaggerated curvature of the spine.'
     left = stage.mask(text, "Kyphosis", "hunched back", "Exaggerated curvature of the spine.")
@@ -415,11 +427,11 @@ def test_consistency_is_the_agreement_of_answers() -> None:
 
 def test_decoding_again(test_rows: Path, tiny: Path, tmp_path: Path, tokenizer) -> None:
     """Greedy decoding repeats itself; sampling does not, and that is in the floor. Consistency is of the first items by id."""
-    from tasks import chat
+    from tasks import decode, render
 
     model = models.load(tiny, None)
-    prompts = [chat.encode_prompt(tokenizer, [{"role": "user", "content": f"What is {n}?"}], None) for n in range(9)]
-    one, two = (models.generate(model, tokenizer, prompts, {}, 12, 4) for _ in range(2))
+    prompts = [render.encode_prompt(tokenizer, [{"role": "user", "content": f"What is {n}?"}], None) for n in range(9)]
+    one, two = (decode.generate(model, tokenizer, prompts, {}, 12, 4) for _ in range(2))
     assert one == two
     figures, items = _run(test_rows, tiny, tiny, tiny, tmp_path)
     noisy = [item for item in items if "noise" in item]
@@ -540,7 +552,7 @@ def test_form_sees_a_loop() -> None:
 
 def test_a_model_that_gives_no_numbers_does_not_pass_for_right(tiny: Path, test_rows: Path) -> None:
     """Of scores that are all NaN the first would be the highest, which is the right one of a chat row."""
-    from tasks import chat
+    from tasks import render
 
     model = models.load(tiny, None)
     with torch.no_grad():
@@ -549,7 +561,7 @@ def test_a_model_that_gives_no_numbers_does_not_pass_for_right(tiny: Path, test_
     items: dict[str, dict[str, Any]] = {row["id"]: {} for row in rows}
     settings = Evaluate(metrics=METRICS), Template()
     with pytest.raises(UserError, match="no numbers as log-probabilities"):
-        stage.multiple_choice(rows, items, model, chat.load_tokenizer(tiny), *settings, seed=0)
+        stage.multiple_choice(rows, items, model, render.load_tokenizer(tiny), *settings, seed=0)
 
 
 def test_a_right_answer_that_there_is_none_is_not_wrongly_declined() -> None:

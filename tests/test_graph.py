@@ -20,8 +20,9 @@ ORDER = "base ingest validate split template sft pair reference dpo merge evalua
 SHARED = {
     "params",
     "records",
-    "chat",
+    "render",
     "models",
+    "decode",
     "stage",
     "training",
     "phenotype",

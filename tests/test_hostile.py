@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tasks import chat, ingest, pair, records, split, template, validate
+from tasks import ingest, pair, records, render, split, template, validate
 from tasks.params import Ingest, Pair, Source, Split, Template, Validate
 from tests.conftest import CONTROLS, CORPUS, TEMPLATE
 
@@ -70,7 +70,7 @@ def structure(reader: Any, messages: list[dict[str, str]], system: str | None = 
     """The control tokens among the ids of a conversation: what the model takes for the template's."""
     known = {i for i, token in reader.added_tokens_decoder.items() if str(token) not in ("<b>", "!")}
     known |= {i for i in reader.all_special_ids if reader.decode([i]) != "!"}
-    return [i for i in chat.encode(reader, messages, system, prompt=True)[0] if i in known]
+    return [i for i in render.encode(reader, messages, system, prompt=True)[0] if i in known]
 
 
 ATTACKS = [
@@ -117,10 +117,10 @@ def test_an_answer_may_call_a_tool_but_not_end_its_turn(reader: Any) -> None:
         {"role": "user", "content": "x"},
         {"role": "assistant", "content": "<tool_call>{}</tool_call><|im_end|>y"},
     )
-    ids, labels = chat.encode(reader, [asked, answer], None)
+    ids, labels = render.encode(reader, [asked, answer], None)
     assert ids.count(call) == labels.count(call) == 1
     assert labels.count(reader.eos_token_id) == 1 == (labels[-1] == reader.eos_token_id)
-    assert "<b>!" in chat.render(reader, [asked | {"content": "<b>!"}], None)  # plain text stays as it is
+    assert "<b>!" in render.text(reader, [asked | {"content": "<b>!"}], None)  # plain text stays as it is
 
 
 class Strange:
@@ -146,8 +146,8 @@ class Strange:
     ],
 )
 def test_neutralising_comes_to_an_end(tokens: tuple[str, ...], text: str, wanted: str | None) -> None:
-    controls = chat.control_strings(Strange(*tokens))  # type: ignore[arg-type]
-    found = chat.neutralise(text, controls)
+    controls = render.control_strings(Strange(*tokens))  # type: ignore[arg-type]
+    found = render.neutralise(text, controls)
     assert not any(control in found for control in controls)
     assert wanted in (None, found)
 

@@ -1,4 +1,4 @@
-"""Loading, quantising, adapters, scoring and generating: exact where it can be."""
+"""Loading, quantising, adapters and scoring: exact where it can be."""
 
 import copy
 import gc
@@ -16,14 +16,11 @@ from transformers import (
     BitsAndBytesConfig,
     CohereConfig,
     Gemma2Config,
-    GenerationConfig,
     GraniteConfig,
     LlamaConfig,
-    MistralConfig,
-    MistralForCausalLM,
 )
 
-from tasks import chat, fast, models
+from tasks import fast, models
 from tasks.params import UserError
 from tests.conftest import LORA, NF4
 
@@ -256,25 +253,6 @@ def test_answer_logprobs_are_those_of_one_row_alone(tiny: Path, tokenizer) -> No
         assert found == pytest.approx(wanted, abs=1e-5)
 
 
-def test_generation_in_batches_is_generation_alone(tiny: Path, tokenizer) -> None:
-    model = models.load(tiny, None).float()
-    prompts = [chat.encode_prompt(tokenizer, [{"role": "user", "content": "thumb " * n}], None) for n in (1, 4, 9)]
-    together = models.generate(model, tokenizer, prompts, {}, 12, 3)
-    alone = [models.generate(model, tokenizer, [p], {}, 12, 1)[0] for p in prompts]
-    assert together == alone
-    assert models.generate(model, tokenizer, prompts, {"repetition_penalty": 5.0}, 12, 3) != together
-
-
-def _windowed(vocabulary: int) -> Any:
-    """A random Mistral whose attention reaches 8 tokens back."""
-    torch.manual_seed(1)
-    config = MistralConfig(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=8, initializer_range=1.0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return MistralForCausalLM(config).eval()
-
-
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -327,125 +305,6 @@ def test_a_model_that_caps_its_logits_makes_those_of_answers_only(config: Any) -
     for logits, whole, (prompt, answer) in zip(found, every, rows, strict=True):
         wanted = whole[len(prompt) - 1 : len(prompt) + len(answer) - 1]  # in one product with others: other last digits
         torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-6)
-
-
-def test_a_model_may_end_its_turn_otherwise_than_a_text(tiny: Path, tokenizer) -> None:
-    model = models.load(tiny, None).float()
-    prompts = [chat.encode_prompt(tokenizer, [{"role": "user", "content": "thumb"}], None)]
-    (endless,) = models.generate(model, tokenizer, prompts, {}, 12, 1)
-    ids = tokenizer(endless, add_special_tokens=False)["input_ids"]
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, ids[3]]
-    (ended,) = models.generate(model, tokenizer, prompts, {}, 12, 1)
-    assert len(ended) < len(endless)
-    assert endless.startswith(ended)
-
-
-@pytest.mark.parametrize("windowed", [False, True])
-@pytest.mark.parametrize("sampling", [{}, {"repetition_penalty": 1.3, "min_new_tokens": 3}])
-def test_rows_that_ended_are_not_computed(tiny: Path, tokenizer, sampling: dict[str, Any], windowed: bool) -> None:
-    model = _windowed(len(tokenizer)) if windowed else models.load(tiny, None).float()
-    assert models._droppable(model, sampling)
-    prompts = [chat.encode_prompt(tokenizer, [{"role": "user", "content": "thumb " * n}], None) for n in (1, 4, 9, 2)]
-    ids = models.pad(prompts, tokenizer.pad_token_id, at=0)
-    mask = models.pad([[1] * len(p) for p in prompts], 0, at=0)
-
-    def decode(ends: list[int], own: bool) -> torch.Tensor:
-        config = GenerationConfig(
-            max_new_tokens=16, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, do_sample=False, **sampling
-        )
-        custom = None if own else models.without_ended
-        return model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=custom
-        )[:, ids.shape[1] :]  # fmt: skip
-
-    endless = decode([len(tokenizer) - 1], True)
-    # each row ends at another token, the last one not at all
-    ends = list({int(endless[row, place]) for row, place in ((0, 2), (1, 6), (2, 10))} - set(endless[3].tolist()))
-    wanted = decode(ends, True)
-    lengths = [next((i + 1 for i, t in enumerate(row) if t in ends), 16) for row in wanted.tolist()]
-    assert len(set(lengths)) >= 2
-    computed: list[int] = []
-    hook = model.get_input_embeddings().register_forward_hook(lambda _, given, __: computed.append(given[0].numel()))
-    found = decode(ends, False)
-    hook.remove()
-    assert torch.equal(found, wanted)
-    # all prompts, then each row until its last token is chosen
-    assert sum(computed) == ids.numel() + sum(length - 1 for length in lengths)
-
-
-def test_sampled_rows_follow_the_seed(tiny: Path, tokenizer) -> None:
-    model = models.load(tiny, None).float()
-    prompts = [chat.encode_prompt(tokenizer, [{"role": "user", "content": "thumb"}], None)] * 3
-
-    def sampled(seed: int) -> list[str]:
-        torch.manual_seed(seed)
-        return models.generate(model, tokenizer, prompts, {"do_sample": True}, 12, 3)
-
-    assert sampled(1) == sampled(1) != sampled(2)
-    assert len(set(sampled(1))) == 3
-
-
-@pytest.mark.parametrize(
-    ("windowed", "sampling", "shares"),
-    [(False, {}, True), (False, {"no_repeat_ngram_size": 3}, False), (True, {}, False)],
-)
-def test_what_all_prompts_begin_with_is_computed_once(
-    tiny: Path, tokenizer, monkeypatch: pytest.MonkeyPatch, windowed: bool, sampling: dict[str, Any], shares: bool
-) -> None:
-    model = _windowed(len(tokenizer)) if windowed else models.load(tiny, None).float()
-    asked = ([{"role": "user", "content": text}] for text in ("thumb", "big thumb thumb", "kyphosis of the spine"))
-    prompts = [chat.encode_prompt(tokenizer, turns, "You explain clinical terms.") for turns in asked]
-    opening = next(i for i, tokens in enumerate(zip(*prompts, strict=False)) if len({*tokens}) > 1)
-    assert 5 < opening < min(map(len, prompts))
-
-    def computed() -> tuple[list[str], int]:
-        seen: list[int] = []
-        hook = model.get_input_embeddings().register_forward_hook(lambda _, given, __: seen.append(given[0].numel()))
-        answers = models.generate(model, tokenizer, prompts, sampling, 12, 3)
-        hook.remove()
-        return answers, sum(seen)
-
-    found, fewer = computed()
-    monkeypatch.setattr(models, "_opening", lambda *_: (0, None))
-    wanted, every = computed()
-    assert found == wanted
-    assert every - fewer == (2 * opening if shares else 0)
-
-
-def test_few_rows_are_the_same_products(tiny: Path) -> None:
-    model = models.load(tiny, None).float()
-    layer = model.model.layers[0].mlp.up_proj
-    layer.bias = torch.nn.Parameter(torch.randn(layer.out_features))
-    plain = torch.nn.functional.linear
-    with torch.no_grad(), models.few_rows(model):
-        for shape in ((1, 1), (5, 1), (3, 40), (3, 50)):
-            x = torch.randn(*shape, layer.in_features)
-            torch.testing.assert_close(layer(x), plain(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
-        assert "forward" in vars(layer)
-    assert "forward" not in vars(layer)
-    half = models.load(tiny, None).to(torch.bfloat16)
-    with models.few_rows(half):
-        assert not [module for module in half.modules() if "forward" in vars(module)]
-
-
-@pytest.mark.parametrize(
-    ("given", "own"),
-    [
-        ({}, False),
-        ({"temperature": 0.7, "do_sample": True}, False),
-        ({"num_beams": 2}, True),
-        ({"use_cache": False}, True),
-    ],
-)
-def test_what_needs_all_rows_keeps_them(
-    tiny: Path, tokenizer, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], own: bool
-) -> None:
-    model = models.load(tiny, None)
-    asked: list[Any] = []
-    real = model.generate
-    monkeypatch.setattr(model, "generate", lambda **named: asked.append(named["custom_generate"]) or real(**named))
-    models.generate(model, tokenizer, [[3, 4, 5]], given, 4, 1)
-    assert asked == [None if own else models.without_ended]
 
 
 def test_merging_in_float32_is_exact_up_to_one_rounding(tiny: Path, tmp_path: Path) -> None:
@@ -584,14 +443,3 @@ def test_an_adapter_that_is_a_pickle_is_refused(tiny: Path, tmp_path: Path) -> N
     torch.save({}, adapter / "adapter_model.bin")
     with pytest.raises(UserError, match=r"expected a \.safetensors file"):
         models.load_adapter(models.load(tiny, None), adapter, trainable=False)
-
-
-def test_an_answer_without_an_end_is_cut(tiny: Path, tokenizer) -> None:
-    model, end = models.load(tiny, None), tokenizer.eos_token_id
-    prompts = [[3, 4, 5], [3, 4, 5, 6]]
-    assert [cut for _, cut in models.generated(model, tokenizer, prompts, {"suppress_tokens": [end]}, 5, 2)] == [
-        True,
-        True,
-    ]
-    forced = {"forced_eos_token_id": end}  # as the last token that there is room for
-    assert [cut for _, cut in models.generated(model, tokenizer, prompts, forced, 5, 2)] == [False, False]

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 from ruamel.yaml import YAML
 
-from tasks import chat, phenotype, stage
+from tasks import phenotype, render, stage
 from tests.conftest import ORDER, changed, edit, fork, ran, run
 
 
@@ -43,7 +43,7 @@ def test_pairs_of_questions_come_from_the_training_side(repo: Path) -> None:
 
 def test_all_that_is_trained_on_begins_with_the_system_message(repo: Path) -> None:
     """The rows of sft, validation among them, and the prompts of dpo."""
-    tokenizer = chat.load_tokenizer(repo / "data/base/model")
+    tokenizer = render.load_tokenizer(repo / "data/base/model")
     system = YAML(typ="safe").load(repo / "params.yaml")["template"]["system"]
     for name, column in (
         ("template/rows/train", "input_ids"),

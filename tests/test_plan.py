@@ -251,9 +251,9 @@ class TestCaches:
 
 @pytest.fixture(scope="module")
 def facts(tiny: Path) -> dict[str, Any]:
-    from tasks import base, chat, models
+    from tasks import base, models, render
 
-    found: dict[str, Any] = base.describe(models.load(tiny, None), chat.load_tokenizer(tiny), "tiny", "none")
+    found: dict[str, Any] = base.describe(models.load(tiny, None), render.load_tokenizer(tiny), "tiny", "none")
     return found
 
 
@@ -274,11 +274,11 @@ def test_adapter_parameters_are_those_of_peft(tiny: Path, facts: dict[str, Any],
 )
 def test_weight_bytes_are_those_of_the_loaded_model(tmp_path: Path, quantization: dict[str, Any] | None) -> None:
     """Of layers wide enough that a quantised tensor's own tables are small beside it."""
-    from tasks import base, chat, models
+    from tasks import base, models, render
 
     folder = make_tiny(tmp_path / "wide", hidden_size=256, intermediate_size=768)
     model = models.load(folder, quantization)
-    facts = base.describe(models.load(folder, None), chat.load_tokenizer(folder), "wide", "none")
+    facts = base.describe(models.load(folder, None), render.load_tokenizer(folder), "wide", "none")
     real = model.get_memory_footprint()
     seen = set()
     for parameter in model.parameters():

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from tasks import base as base_stage
-from tasks import chat, dpo, fast, merge, models, records, reference, sft, training
+from tasks import dpo, fast, merge, models, records, reference, render, sft, training
 from tasks.params import Merge, Reference, Template, UserError
 from tests.conftest import LORA, NF4, ROOT
 
@@ -55,16 +55,16 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def facts(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = models.load(tiny, None)
     path = tmp_path_factory.mktemp("facts") / "facts.json"
-    path.write_text(json.dumps(base_stage.describe(model, chat.load_tokenizer(tiny), "tiny", "none")))
+    path.write_text(json.dumps(base_stage.describe(model, render.load_tokenizer(tiny), "tiny", "none")))
     return path
 
 
 @pytest.fixture(scope="module")
 def rows(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = chat.load_tokenizer(tiny)
+    tokenizer = render.load_tokenizer(tiny)
     folder = tmp_path_factory.mktemp("rows")
     for name, part in (("train", CONVERSATIONS[:12]), ("validation", CONVERSATIONS[12:])):
-        encoded = [chat.encode(tokenizer, c, None) for c in part]
+        encoded = [render.encode(tokenizer, c, None) for c in part]
         table = pl.DataFrame(
             {
                 "id": [str(i) for i in range(len(part))],
@@ -144,7 +144,7 @@ def test_loss_is_the_mean_over_supervised_tokens_of_the_whole_batch(
     model = models.load(tiny, None)
     total, count = 0.0, 0
     for ids, labels in table.select("input_ids", "labels").iter_rows():
-        at = next(i for i, label in enumerate(labels) if label != chat.IGNORED)
+        at = next(i for i, label in enumerate(labels) if label != render.IGNORED)
         scores = models.answer_logprobs(model, [(ids[:at], ids[at:])], 1)[0]
         total, count = total - sum(scores), count + len(scores)
     assert whole["loss_first"] == pytest.approx(total / count, rel=2e-3)
@@ -196,7 +196,7 @@ def test_a_training_whose_loss_becomes_no_number_ends(tiny: Path, rows: Path, tm
         model=models.new_adapter(models.load(tiny, None), {"r": 2}, 0),
         args=SFTConfig(**settings, dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=Dataset.from_list(table.to_dicts()),
-        processing_class=chat.load_tokenizer(tiny),
+        processing_class=render.load_tokenizer(tiny),
         callbacks=[training.Watch()],
     )
     with pytest.raises(UserError, match="loss is nan at step 4; usual causes"):
@@ -739,7 +739,7 @@ def test_a_merged_model_ends_where_its_evaluation_does(
         Template(),
     )
     ends = json.loads((tmp_path / "model/generation_config.json").read_text())["eos_token_id"]
-    assert ends == sorted({7, chat.load_tokenizer(tiny).eos_token_id})
+    assert ends == sorted({7, render.load_tokenizer(tiny).eos_token_id})
 
 
 def test_what_merge_compares_fits_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.torch import load_file, save_file
 
-from tasks import base, chat, weights
+from tasks import base, render, weights
 from tasks.params import Base, UserError
 from tests.conftest import LORA
 
@@ -341,7 +341,7 @@ def test_variables_of_the_template_are_saved_in_it(models: Path, tmp_path: Path)
     turns = [{"role": "user", "content": "thumb"}]
 
     def rendered() -> str:
-        return chat.render(chat.load_tokenizer(tmp_path / "out"), turns, None, prompt=True)
+        return render.text(render.load_tokenizer(tmp_path / "out"), turns, None, prompt=True)
 
     load(models, tmp_path)
     assert (tmp_path / "out/chat_template.jinja").read_text() == path.read_text()
@@ -349,7 +349,7 @@ def test_variables_of_the_template_are_saved_in_it(models: Path, tmp_path: Path)
     variables = {"enable_thinking": False, "name": "%} ' \" é", "nothing": None}
     load(models, tmp_path, chat_template_kwargs=variables)
     assert rendered() == plain + "<quiet>"
-    template = chat.load_tokenizer(tmp_path / "out").chat_template
+    template = render.load_tokenizer(tmp_path / "out").chat_template
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     said = environment.from_string(template + "{{ name }}, {{ nothing is none }}").render(
         messages=turns, enable_thinking=True
@@ -362,15 +362,6 @@ def test_a_pickle_is_not_even_read_beside_safetensors(models: Path, tmp_path: Pa
         (models / f"mine/{name}").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     load(models, tmp_path)
     assert not list((tmp_path / "out").glob("*.bin"))
-
-
-@pytest.mark.parametrize("folder", ["model", "adapter"])
-def test_talking_to_a_pickle_is_refused(tmp_path: Path, folder: str) -> None:
-    config = {"model": "config.json", "adapter": "adapter_config.json"}[folder]
-    (tmp_path / config).write_text("{}")
-    (tmp_path / "other.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    with pytest.raises(UserError, match=r"pickled ones \(\.bin, \.pt\) are never loaded"):
-        chat._load(tmp_path, None)
 
 
 def test_a_rank_above_a_layer_is_named(models: Path, tmp_path: Path) -> None:
@@ -421,4 +412,4 @@ def test_a_hostile_template_is_refused(
     assert not list(tmp_path.iterdir())
     if "no end" not in message and "Memory" not in message:  # what base lets through for its own turns is caught later
         with pytest.raises(UserError, match="the chat template can't render user"):
-            chat.render(tokenizer, [{"role": "user", "content": "a"}], None)
+            render.text(tokenizer, [{"role": "user", "content": "a"}], None)

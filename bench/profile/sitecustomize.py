@@ -20,7 +20,7 @@ PARTS = {
     "load": {
         ("models.py", "load"), ("models.py", "load_adapter"), ("models.py", "new_adapter"), ("models.py", "load_merged"),
         ("auto_factory.py", "from_pretrained"), ("tokenization_auto.py", "from_pretrained"),  # which `base` calls itself
-        ("chat.py", "load_tokenizer"), ("records.py", "read"),
+        ("render.py", "load_tokenizer"), ("records.py", "read"),
     },
     "save": {
         ("models.py", "save_adapter"), ("modeling_utils.py", "save_pretrained"), ("training.py", "on_save"),

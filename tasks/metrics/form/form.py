@@ -35,7 +35,7 @@ class Form(evaluate.Metric):
             phrases = [tuple(words[i : i + phrase]) for i in range(len(words) - phrase + 1)]
             out["characters"].append(float(len(prediction)))
             out["words"].append(float(len(words)))
-            out["distinct_2"].append(len(set(bigrams)) / len(bigrams) if bigrams else 1.0)
+            out["distinct_2"].append(len(set(bigrams)) / len(bigrams) if bigrams else None)
             # said three times or more
             out["loops"].append(float(max(Counter(phrases).values(), default=0) >= 3))
         return out

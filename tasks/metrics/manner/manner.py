@@ -4,8 +4,9 @@
 sentences written apart from every training row (a kind sentence that an answer has from them counts all the same: `scripted` of
 `evaluate` says how much of it is such), or on `sentences.ko.jsonl` for text that is mostly Korean. The rest are rates
 per word: second person, first person, hedges; the compound score of VADER (Hutto & Gilbert 2014); and the Flesch-Kincaid
-grade. They are of English: None for Korean. All are None for text in neither Latin script nor Hangul. `korean` says which
-classifier it was: kindness of one can't be held against kindness of the other.
+grade. They are of English: None for Korean. All are None for text in neither Latin script nor Hangul. Text without a letter
+is not kind, and has no grade. `korean` says which classifier it was: kindness of one can't be held against kindness of the
+other.
 """
 
 import json
@@ -63,7 +64,7 @@ def grade(text):
     words = re.findall(r"[A-Za-z]+", text)
     sentences = max(1, len(re.findall(r"[.!?]+", text)))
     if not words:
-        return 0.0
+        return None
     syllables = sum(max(1, len(re.findall(r"[aeiouy]+", word.lower()))) for word in words)
     return 0.39 * len(words) / sentences + 11.8 * syllables / len(words) - 15.59
 
@@ -89,7 +90,7 @@ class Manner(evaluate.Metric):
                 continue
             warm = classifier(wanted).predict_proba([predictions[i] for i in at])[:, 1].tolist()
             for i, value in zip(at, warm, strict=True):
-                kindness[i] = value
+                kindness[i] = value if any(map(str.isalpha, predictions[i])) else 0.0
 
         def english(score):
             return [None if skip else score(text) for text, skip in zip(predictions, foreign, strict=True)]

@@ -2,6 +2,7 @@
 
 Words are runs of letters, their marks and digits of any script; for text without spaces (Chinese, Japanese, Thai) and for Korean, whose
 words carry their particles, recall counts character bigrams instead. In mixed text each script is counted in its own way.
+Recall is of what the question, where there is one, does not say already: who repeats it knows nothing.
 """
 
 import datasets
@@ -46,13 +47,15 @@ class Overlap(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions, references, questions=None):
         rouge, chrf = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Words()), CHRF()
         out = {"rouge_l": [], "chrf": [], "recall": []}
-        for prediction, reference in zip(predictions, references, strict=True):
+        asked = questions or [""] * len(references)
+        for prediction, reference, question in zip(predictions, references, asked, strict=True):
             out["rouge_l"].append(rouge.score(reference, prediction)["rougeL"].fmeasure)
             out["chrf"].append(chrf.sentence_score(prediction, [reference]).score / 100)
             bare = not pieces(reference)
             wanted = pieces(reference, every=bare)
+            wanted = wanted - pieces(question, every=bare) or wanted
             out["recall"].append(len(wanted & pieces(prediction, every=bare)) / len(wanted) if wanted else 1.0)
         return out
