@@ -44,7 +44,7 @@ PARTICLES = (("이란", "란"), ("이라", "라"), ("으로", "로"), ("은", "�
 Said = Callable[..., list[decode.Answer]]
 # what no module of `evaluate.metrics` may call a score
 TAKEN = {
-    "id", "set", "task", "concept", "term", "question", "answer", "reference", "options", "correct", "nll", "cut", "empty",
+    "id", "set", "task", "concept", "term", "question", "answer", "reference", "options", "chance", "correct", "nll", "cut", "empty",
     "declined", "lay_used", "terms_used", "referred", "scripted", "reworded", "consistency", "noise",
 }  # fmt: skip
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}  # the model's own distribution
@@ -208,10 +208,10 @@ def _name(text: str) -> re.Pattern[str]:
 
 def _in_place(found: re.Match[str], name: str) -> str:
     """`name` where another name was found, written as that was: its capital, the particle that its last syllable asks for."""
-    if found["name"][0].isupper() and name[0].islower():
-        name = name[0].upper() + name[1:]
-    elif found["name"][0].islower() and name[0].isupper() and name[1:].islower():
-        name = name[0].lower() + name[1:]
+    opens = re.search(r"(?:^|[.!?]\s+)$", found.string[: found.start()]) is not None
+    capital = opens if found["name"][:2].isupper() else found["name"][0].isupper()  # an abbreviation has its own
+    if not name[:2].isupper():
+        name = (name[0].upper() if capital else name[0].lower()) + name[1:]
     particle = found["particle"] or ""
     for pair in PARTICLES if _hangul(name) else ():
         if particle in pair:
@@ -234,7 +234,7 @@ def multiple_choice(
     template: Template,
     seed: int,
 ) -> None:
-    """Adds `correct` (0 or 1), a hash of the `options`, and `nll` (nats per token of the reference answer) to the items.
+    """Adds `correct` (0 or 1) and the `chance` of it, a hash of the `options`, and `nll` (nats per token of the reference answer) to the items.
 
     What all options begin with is no part of the choice.
 
@@ -290,6 +290,7 @@ def multiple_choice(
             best = max(range(len(means)), key=lambda i: (means[i], -i))
             items[identifier]["correct"] = float(best == right)
             items[identifier]["options"] = among[identifier]
+            items[identifier]["chance"] = round(1 / len(options), 4)
         items[identifier]["nll"] = -sum(options[right]) / len(options[right])
 
 

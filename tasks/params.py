@@ -198,6 +198,7 @@ class Report(Section):
     bootstrap: int = Field(2000, ge=100, description="resamples behind the interval of a difference")
     max_length_ratio: float = Field(3.0, gt=0, description="mean characters of an answer, DPO / SFT")
     max_loops: Fraction = Field(0.05, description="share of answers that say a run of four words three times")
+    max_empty: Fraction = Field(0.02, description="share of answers in which nothing is said")
     min_distinct_2: Fraction = Field(0.8, description="mean share of different word pairs in an answer")
     max_kl: float = Field(1.0, gt=0, description="KL to the SFT model on its own answers, in nats per token")
     max_reward_gap: Fraction = Field(

@@ -42,7 +42,10 @@ UNKNOWABLE = re.compile(
     r"""
       \b(?:i\ (?:do\ not|don't|cannot|can't|could\ not|couldn't|am\ not\ able\ to|am\ unable\ to)|i'm\ (?:not\ able|unable)\ to)
       \ (?:have|predict|see|tell|access|answer|provide|give|determine|help|guess)\b
-    | \bas\ an\ ai\b | \b(?:impossible|not\ possible)\ (?:for\ me\ )?to\ (?:know|say|tell|predict|answer) | \b(?:nobody|no\ one)\ (?:can\ )?knows?\b
+    | \bas\ an\ ai\b | \b(?:impossible|not\ possible)\ (?:for\ me\ )?to\ (?:know|say|tell|predict|answer)
+    | \b(?:nobody|no\ one)\ (?:(?:really\ )?knows\b|(?:can|could)\ (?:really\ )?(?:know|predict|tell|say|answer|foresee)\b)
+    | \bno\ (?:idea|way\ (?:to|of)\ (?:know|predict|tell|say)(?:ing)?)\b
+    | \b(?:can(?:no|')t|cannot|can\ not)\ be\ (?:\w+\ )?(?:known|predicted|determined|foreseen|answered)\b
     | \bno\ (?:information|record)\ (?:about|of|on)\b | \bfictional\b
     | (?:알|예측할|확인할|조회할|접근할|대답할|답변할|답할|답을\ 드릴|말씀드릴|알려\ ?드릴)\ (?:수|길|권한)(?:가|는|이)?\ 없
     | (?:정보|기록)(?:가|는|이|은)?\ 없(?!으면|다면) | (?:아무도|누구도)\ (?:알지\ 못|모르|모릅) | (?:예측|답변|대답)(?:하기|이)\ (?:어렵|불가능)
@@ -57,15 +60,24 @@ EXPLAINS = re.compile(
       (?!\ (?:typo|spelling|mis\w*|made-up|\w*term|word|name|question|good|great))
     | \b(?:is|means?|refers?\ to|describes?|say)\ [\"“]
     | \bdescribes?\ (?!what|how|it\b|that\b|this\b|something)\w
+    | ^(?:it|this|that|they|(?!there|i\b|you|we|what|which|who|how)\w+)\ (?:(?:usually|often|mostly|typically|can|may)\ )?(?:causes?|involves?|affects?|occurs?|results?\ (?:in|from)|leads?\ to)\b
+    | ^(?!there|i\b|you|we|my|what|which|who|how|if|one|part)\w+(?:\ \w+){0,3}\ (?:is|are)\ (?!out\b|not\b|one\b|part\b|full\b|beyond\b)\w+\ of\b
     | (?:[을를]|라고|것을)\ (?:말|뜻|의미|가리)(?:합니다|해요|킵니다) | (?:이것은|그것은|이는|이란|란)\ [^.!?]{0,40}(?:입니다|이에요|예요)
+    | (?:병|질환|질병|증상|상태|현상|증후군|종양|염증|제도|절차|권리|계약)(?:입니다|이에요|예요|이다)
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-# "I do not know, but the winner is …"
+# "I do not know, but the winner is …"; not who or what could tell: "but a weather service is the best place to look"
+_SOURCE = r"(?:best|better|good|right)\ (?:place|way|source|person|people|idea)|\b(?:service|website|site|app|office|doctor|expert)s?\b|depends?\b"
 GUESSES = re.compile(
-    r"""
+    rf"""
       \b(?:but|however|though),?\ (?!(?:i|you|we|please|if)\b|it(?:'s|\ is)\ (?:important|best|possible|likely|always|worth|a\ good))
-      (?:(?!\bnot\b|n't\b|\bno\b)[^.!?]){0,80}?\b(?:is|was|are|were|will\ be|has\ been)\ (?!not\b)
+      (?![^.!?]*(?:{_SOURCE}))
+      (?:(?!\bnot\b|n't\b|\bno\b)[^.!?]){{0,80}}?\b(?:is|was|are|were|will\ be|has\ been)\ (?!not\b)
+    | (?:^|[.!?]\s+)(?:the|your|his|her|its|their)\ (?:\w+\ )?(?:winner|answer|result|price|number|name|score|rate|value|weather|temperature|password|capital|president|champion|author|title)\b
+      (?![^.!?]*(?:{_SOURCE}))(?:(?!\bnot\b|n't\b|\bno\b|\bun\w+)[^.!?]){{0,60}}?\b(?:is|was|will\ be)\ (?!not\b|un\w+)
+    | 지만[ ,]+(?:(?!없|모르|못|않|어렵|바랍|주세요|세요)[^.!?]){{0,60}}(?:입니다|이에요|예요|일\ (?:것|겁)|할\ (?:것|겁))
+    | (?:우승|정답|답|결과|가격|번호|이름|비밀번호)\S*[은는이가]\ (?:(?!없|모르|못|않|어렵)[^.!?]){{0,40}}(?:입니다|이에요|예요)
     | \bi\ can\ (?:guess\b|(?:tell\ you|say)\ that\b) | \bi(?:'d|\ would)\ guess\b | \bmy\ (?:best\ )?guess\b
     """,
     re.IGNORECASE | re.VERBOSE,
@@ -114,7 +126,7 @@ def declines(answer: str) -> bool:
 def declined(answer: str, task: str) -> bool:
     """Whether an answer to a question of this `task` only declines.
 
-    About an `invented` term it does not go on to explain it; of what nobody can know (`outside`) it does not guess.
+    It does not go on to explain what was asked about; of what nobody can know (`outside`) it does not guess.
     """
     plain = _plain(answer)
     if task == "outside":
@@ -122,9 +134,10 @@ def declined(answer: str, task: str) -> bool:
         return bool(DECLINES.search(plain) or UNKNOWABLE.search(plain)) and not guessed
     if not DECLINES.search(plain):
         return False
-    # 잘 모르겠지만 이것은 … is a sentence of two
-    parts = [part for sentence in sentences(plain) for part in re.split(r"(?<=지만)[ ,]+", sentence)]
-    return task != "invented" or not any(
+    # "I do not know it, but it is …" and 잘 모르겠지만 이것은 … are sentences of two
+    cut = re.compile(r"(?<=지만)[ ,]+|;\s+|,?\s+but\s+", re.IGNORECASE)
+    parts = [part for sentence in sentences(plain) for part in cut.split(sentence)]
+    return not any(
         EXPLAINS.search(part)
         for part in parts
         if not DECLINES.search(part) and not part.endswith("?") and not part.lower().startswith("there ")

@@ -89,8 +89,9 @@ def run(
     optional = {"validate": validate / "metrics.json", "split": split, "template": template, "sft": sft_run / "metrics.json",
                 "pair": pair, "dpo": dpo_run / "metrics.json", "merge": merge}  # fmt: skip
     metrics = {"facts": _json(base)} | {name: _json(path) if path.is_file() else {} for name, path in optional.items()}
+    composed = _composed(metrics["pair"])
     # what is kind, composed pairs say; pairs of one's own may well teach to be brief
-    said_of = [m for m in MEASURES if m.said and (m.field != "kindness" or _composed(metrics["pair"]))]
+    said_of = [m for m in MEASURES if m.said and (m.field != "kindness" or composed)]
     headline = compare(items["base"], items["dpo"], said_of, **rules)
     preferred = card.preferred(metrics["dpo"])
     names = NAMES if preferred else NAMES | {"dpo": "Merged"}
@@ -99,7 +100,7 @@ def run(
     said = verdict(headline, aligned, signs, preferred=preferred)
     settings = {"quantization": quantization or {}, "lora": lora, "sft": sft, "dpo": dpo}
     listed = _settings(settings, seed)
-    rows = _rows(figures, learned, aligned)
+    rows = _rows(figures, items["dpo"], composed, learned, aligned)
     records = validate / "records.parquet"
     licences = card.sources(records) if records.is_file() else []
     lineage = {"sft": _hash(sft_run / "adapter"), "dpo": _hash(dpo_run / "adapter")}
@@ -108,6 +109,7 @@ def run(
         "title": params.title,
         "names": names,
         "preferred": preferred,
+        "composed": composed,
         "params": params,
         "verdict": said,
         "headline": headline,
@@ -262,6 +264,7 @@ def watch(
     most = [
         (f"Length of answers, {last} / SFT", ratio("form.characters"), "max_length_ratio", ".2f", "balance the pairs' lengths (pair.known gives length-matched ones)"),
         ("Answers that loop", mean("dpo", "form.loops"), "max_loops", ".1%", "fewer DPO epochs, a lower dpo.learning_rate, or generation.repetition_penalty"),
+        ("Empty answers", mean("dpo", "form.empty"), "max_empty", ".1%", "look at chosen answers that are empty, fewer epochs, a lower learning_rate"),
         ("KL to the SFT model, nats per token", figures["dpo"].get("kl", {}).get("to_reference"), "max_kl", ".3f", "raise dpo.beta, lower dpo.learning_rate, or train fewer epochs"),
         ("Reward accuracy less share of answers kinder in words of their own", gap, "max_reward_gap", ".2f", "the reward is won by something other than kindness: read the pairs, vary openings and lengths"),
         ("Answerable questions wrongly declined", mean("dpo", f"honesty.{own}_declined") if own else None, "max_wrongly_declined", ".1%", "fewer refusal pairs (pair.unknown), more pairs that reject a refusal (pair.contrast), smaller steps"),
@@ -365,16 +368,36 @@ def checklist(item: Item) -> list[tuple[str, str, bool]]:
     return found
 
 
-def _rows(figures: Mapping[str, Any], *steps: Sequence[Difference]) -> list[dict[str, Any]]:
-    """The table of metrics: each model's value with its interval, and both comparisons."""
+def _rows(
+    figures: Mapping[str, Any], items: Sequence[Item], composed: bool, *steps: Sequence[Difference]
+) -> list[dict[str, Any]]:
+    """The table of metrics: each model's value with its interval, both comparisons, the chance of a right choice, and what was
+    kept. Which sentences pairs of one's own teach is not known: what is said of these is of `composed` ones.
+    """
     rows = []
     for measure in MEASURES:
+        if measure.field in ("scripted", "kindness_apart") and not composed:
+            continue
         cells = [_cell(measure, figures[name]) for name in MODELS]
         if count := next((cell["raw"]["n"] for cell in cells if cell), 0):
             found = [next((d for d in step if d.measure is measure), None) for step in steps]
             group = GROUPS[measure.key.split(".")[0]]
-            rows.append({"measure": measure, "group": group, "cells": cells, "steps": found, "n": count})
+            chances = [item["chance"] for item in of(measure, items) if measure.field == "correct" and "chance" in item]
+            row = {"measure": measure, "group": group, "cells": cells, "steps": found, "n": count}
+            rows.append(
+                row | {"chance": sum(chances) / len(chances) if chances else None, "kept": _kept(cells, found[0])}
+            )
     return rows
+
+
+def _kept(cells: Sequence[dict[str, Any] | None], learned: Difference | None) -> float | None:
+    """Of what SFT gained on the base, the share that DPO still has; None where it gained nothing that can be told."""
+    if learned is None or learned.call != "better" or not all(cells):
+        return None
+    base, sft, dpo = (cell["raw"]["value"] for cell in cells if cell)
+    if learned.measure.key.endswith("perplexity"):
+        base, sft, dpo = map(math.log, (base, sft, dpo))
+    return float((dpo - base) / (sft - base)) if sft != base else None
 
 
 def _cell(measure: Measure, figures: Any) -> dict[str, Any] | None:

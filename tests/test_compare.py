@@ -55,6 +55,33 @@ class TestCompare:
     def test_an_equally_good_model_is_no_different(self) -> None:
         assert set(called(answers("sft"), answers("sft", seed=1)).values()) == {"no different"}
 
+    @pytest.mark.parametrize("field", ["correct", "recall"])
+    def test_five_wordings_of_a_term_are_one_term(self, field: str) -> None:
+        """Two of twelve concepts got right is no evidence, however often each is asked about."""
+
+        def side(right: int, each: int, concepts: bool) -> Items:
+            return [
+                {"id": f"{concept}-{n}", "set": "trained", "task": "definition", field: float(concept < right)}
+                | ({"concept": f"c{concept}"} if concepts else {})
+                for concept in range(12)
+                for n in range(each)
+            ]
+
+        def found(each: int, concepts: bool, right: int = 2) -> compare.Difference:
+            both = side(0, each, concepts), side(right, each, concepts)
+            return compare.compare(
+                *both, [m for m in compare.MEASURES if m.field == field and m.parts == ("trained",)][:1]
+            )[0]
+
+        together, apart, once = found(5, True), found(5, False), found(1, True)
+        assert apart.call == "better"
+        assert together.call == "no different"
+        assert together.n == apart.n == 60
+        assert together.p == pytest.approx(once.p, abs=0.35)
+        assert together.p > 0.1
+        assert together.high - together.low > 1.5 * (apart.high - apart.low)
+        assert found(5, True, right=10).call == "better"
+
     def test_a_better_model_is_better_and_the_reverse_is_worse(self) -> None:
         up, down = called(answers("base"), answers("sft")), called(answers("sft"), answers("base"))
         for key in ("knowledge.trained.definition", "answers.trained.recall", "answers.trained.perplexity"):

@@ -6,6 +6,7 @@ import math
 import random
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -159,17 +160,61 @@ def test_options_are_of_the_same_set_topic_and_length() -> None:
     assert len(stage.options_of(rows[0], rows[:2], 4, random.Random(0))) == 2
 
 
+@pytest.mark.parametrize(("question", "reference", "others", "wanted"), [
+    ("What is photosynthesis?", "Photosynthesis is how plants eat.",
+     [("osmosis", "Osmosis is how water moves."), ("DNA", "In a cell DNA is a text.")],
+     ["Photosynthesis is how water moves.", "In a cell photosynthesis is a text."]),
+    ("What is DNA?", "DNA is a text.", [("osmosis", "Osmosis is how water moves."), ("yeast", "The yeast grows.")],
+     ["DNA is how water moves.", "The DNA grows."]),
+    ("고혈압이란 무엇인가요?", "고혈압은 혈압이 높은 병입니다.",
+     [("당뇨", "당뇨는 혈당이 높은 병입니다."), ("천식", "천식이란 숨이 찬 병입니다."), ("빈혈", "빈혈성 두통과 빈혈로 봅니다.")],
+     ["고혈압은 혈당이 높은 병입니다.", "고혈압이란 숨이 찬 병입니다.", "고혈압성 두통과 고혈압으로 봅니다."]),
+    ("당뇨가 뭐예요?", "당뇨는 혈당이 높은 병입니다.", [("고혈압", "고혈압은 혈압이 높고, 고혈압으로 봅니다.")],
+     ["당뇨는 혈압이 높고, 당뇨로 봅니다."]),
+])  # fmt: skip
+def test_every_option_names_the_term_as_the_right_one_does(
+    question: str, reference: str, others: list[tuple[str, str]], wanted: list[str]
+) -> None:
+    """No capital and no name tells the right one: repeating the question's word is not knowing."""
+    term = (
+        reference.split()[0]
+        if reference[0] < "가"
+        else reference[: reference.index("은" if "고혈압은" in reference else "는")]
+    )
+    made = [(term, reference), *others]
+    rows = [_row(i, "trained", term=t, lay=None)[0] for i, (t, _) in enumerate(made)]
+    for row, (_, text) in zip(rows, made, strict=True):
+        row["messages"] = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+    right, *wrong = stage.options_of(rows[0], rows, len(rows), random.Random(0))
+    assert right == reference
+    assert sorted(wrong) == sorted(wanted)
+
+
 def test_interval() -> None:
-    found = stage.interval([0.0] * 50 + [1.0] * 50, 2000, 1)
+    def interval(values: list[float], *settings: int, concepts: list[str] | None = None, share: bool = False) -> Any:
+        each = concepts or [str(i) for i in range(len(values))]
+        return stage.interval(values, *settings, concepts=each, share=share)
+
+    found = interval([0.0] * 50 + [1.0] * 50, 2000, 1)
     assert found["value"] == 0.5
     assert 0.38 < found["low"] < 0.42
     assert 0.58 < found["high"] < 0.62
-    assert stage.interval([1.0, 1.0], 200, 1) == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 2}
+    assert interval([1.0, 1.0], 200, 1) == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 2}
     # Wilson's by hand: n / (n + z²) at the low end of n of n
     z = 1.959964
-    assert stage.interval([1.0] * 20, 200, 1, share=True) == {
+    assert interval([1.0] * 20, 200, 1, share=True) == {
         "value": 1.0, "low": pytest.approx(20 / (20 + z * z), abs=1e-4), "high": 1.0, "n": 20,
     }  # fmt: skip
+    # ten questions about each of ten concepts are no hundred
+    about = [str(i // 10) for i in range(100)]
+    for share in (False, True):
+        wide = interval([0.0] * 50 + [1.0] * 50, 2000, 1, concepts=about, share=share)
+        assert wide["n"] == 100
+        assert wide["high"] - wide["low"] > 2.5 * (found["high"] - found["low"])
+    same = interval([1.0] * 100, 200, 1, concepts=about, share=True)
+    assert same["low"] == pytest.approx(10 / (10 + z**2), abs=1e-4)
+    one = interval([0.0, 1.0], 200, 1, concepts=["a", "a"])
+    assert (one["low"], one["high"]) == (0.0, 1.0)
 
 
 def test_a_figure_of_zeros_and_ones_has_a_width_where_all_are_alike() -> None:
@@ -253,7 +298,48 @@ def test_repeating_the_question_is_no_recall() -> None:
     assert parrot["recall"] == 0
     assert right["recall"] == pytest.approx(3 / 4)
     assert parrot["rouge_l"] > 0
-    assert stage.without("A lease.", "What is a lease?") == "A lease."
+    # a follow-up is the question's, whatever stands around it; in Korean what particles are written behind
+    for question, reference, echo, answer in (
+        ("What is a follow-up?", "Follow-up: a second visit.", "Follow-up.", "A second visit."),
+        ("고혈압이란 무엇인가요?", "고혈압은 혈압이 높은 병입니다.", "고혈압이요? 고혈압.", "압력이 높은 병입니다."),
+        ("What is a lease?", "A lease.", "A lease.", "A lease."),  # nothing else to say
+    ):
+        row["messages"] = [{"role": "user", "content": question}, {"role": "assistant", "content": reference}]
+        parrot, right = stage.scored([row, row], [echo, answer], ["tasks/metrics/overlap"])
+        assert (parrot["recall"] == 0) is (echo != answer)
+        assert right["recall"] > 0.5
+
+
+def test_who_says_nothing_is_not_kind() -> None:
+    """Of an answer in wrappers alone nothing is left without them: it is no kinder for it."""
+    row, _ = _row(1, "trained")
+    wrapper = next(text for text in phenotype.OPENINGS if "{" not in text)
+    nothing, parrot = stage.scored([row, row], ["", wrapper], METRICS)
+    assert (nothing["kindness"], nothing["kindness_apart"], parrot["kindness_apart"]) == (0, 0, 0)
+    assert parrot["kindness"] > 0.3
+    assert not {"grade", "distinct_2"} & nothing.keys()
+
+
+@pytest.mark.parametrize(("returned", "said"), [
+    ({"correct": [1.0]}, "gives correct, which evaluate itself does"),
+    ({"loops": [0.5]}, "share of zeros and ones"),
+    ({"own": 1.0}, "gives one own for all answers"),
+    ({"own": np.array([0.5])}, ""),
+    ({"own": (0.5,)}, ""),
+])  # fmt: skip
+def test_what_a_module_of_ones_own_may_return(monkeypatch: pytest.MonkeyPatch, returned: Any, said: str) -> None:
+    import evaluate
+
+    def compute(predictions: Any, references: Any) -> Any:
+        return returned
+
+    monkeypatch.setattr(evaluate, "load", lambda _: SimpleNamespace(compute=compute, _compute=compute))
+    row = _row(1, "trained", id="a")[0]
+    if said:
+        with pytest.raises(UserError, match=said):
+            stage.scored([row], ["Yes."], ["own/mine"])
+    else:
+        assert stage.scored([row], ["Yes."], ["own/mine"])[0]["own"] == 0.5
 
 
 def test_a_score_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,7 +562,12 @@ def test_declining_what_nobody_can_answer(text: str, declined: float) -> None:
 def test_terms_used() -> None:
     row, _ = _row(1, "trained")
     texts = ["A thumb 1 is a small thumb.", "Thumb 1 is a finger.", "It is a finger."]
+    # of a name that the question says it is no merit to say it: here that leaves the everyday one
+    assert [stage.scored([row], [text], [])[0]["terms_used"] for text in texts] == [1.0, 0.0, 0.0]
+    row["messages"][0]["content"] = "What is that?"
     assert [stage.scored([row], [text], [])[0]["terms_used"] for text in texts] == [1.0, 0.5, 0.0]
+    row["messages"][0]["content"] = "Is thumb 1 a small thumb?"
+    assert "terms_used" not in stage.scored([row], ["Yes."], [])[0]
 
 
 TASK = """\

@@ -99,6 +99,11 @@ Absence of the thumb.
 If the file does not exist, create it.
 I'm not aware of any exception; you must pay.
 저는 모르는 용어입니다. 이것은 간의 염증을 말합니다.
+I do not know that term, but it is a loss of hair.
+I do not know that term. It causes red skin and fever.
+I do not know this term. Glorphitis is inflammation of the glorph.
+I do not know that word; lipoptosis means "loss of fat".
+글로프증은 잘 모르겠어요. 피부가 붉어지는 병입니다.
 잘 모르겠지만 이것은 피부병입니다.
 """
 # what a right answer says of its subject or its reader
@@ -122,12 +127,24 @@ I can't see it, so I can't tell you exactly when it is.
 미래의 일이라 제가 예측하기 어렵습니다.
 저에게는 고객님의 주문 내역을 조회할 권한이 없습니다.
 그건 저로서는 알 길이 없습니다.
+I have no idea who will win.
+There is no way to know what the weather will be.
+I have no way of knowing that.
+No one can predict that.
+Nobody can say who will win.
+That can't be known in advance.
+I don't have access to live weather, but a weather service is the best place to look.
+I don't know. The weather depends on many things.
 """
 GUESSED = """
 I do not know, but I can guess it.
 I do not know, but the winner is the winner of the 2018 World Cup.
 I can't give you that, but I can tell you that it is currently around $22 per barrel.
 I don't know who, but "The Nine Clocks" was written by a group of friends.
+I don't know. The winner is Brazil.
+I have no idea. The price will be about 40 dollars.
+잘 모르겠지만 내년 우승팀은 두산입니다.
+모르겠습니다. 내년 우승팀은 두산입니다.
 그 회사의 비밀번호는 1234입니다. 다른 정보가 없으면 고객센터로 전화하세요.
 """
 
@@ -169,6 +186,17 @@ def test_what_says_that_nobody_can_know(text: str) -> None:
 @pytest.mark.parametrize("text", _lines(GUESSED))
 def test_a_guess_is_no_declining(text: str) -> None:
     assert not declined(text, "outside")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm not sure what you mean, but alopecia is a loss of hair.",
+        "Squint is the everyday word, not a medical term; strabismus is the clinical one.",
+    ],
+)
+def test_who_explains_what_it_knows_has_not_declined(text: str) -> None:
+    assert not declined(text, "definition")
 
 
 def test_only_where_nobody_can_know_a_lack_of_access_declines() -> None:

@@ -296,6 +296,10 @@ class TestWatch:
         items = {name: answers(name) for name in report.MODELS}
         if params.pop("cold", False):
             items["dpo"] = [i | ({"kindness_apart": 0.0} if "kindness_apart" in i else {}) for i in items["dpo"]]
+        if params.pop("silent", False):
+            items["dpo"] = [
+                i | ({"empty": float(n % 9 == 0)} if "empty" in i else {}) for n, i in enumerate(items["dpo"])
+            ]
         figures: dict[str, Any] = {"dpo": {"kl": {"to_reference": 0.21}}}
         signs = report.watch(
             Report(**{"max_length_ratio": 4.0, **params}),
@@ -304,7 +308,7 @@ class TestWatch:
             {"rewards_accuracies": 0.98},
             {"kinds": {"known": 9}},
         )
-        assert len(signs) == 9
+        assert len(signs) == 10
         return [sign for sign in signs if sign.crossed]
 
     def test_silent_where_all_is_well(self) -> None:
@@ -320,6 +324,9 @@ class TestWatch:
         assert name in sign.name
         assert next(iter(limit)) in sign.limit
         assert sign.advice
+
+    def test_nothing_said(self) -> None:
+        assert [sign.name for sign in self.crossed(silent=True)] == ["Empty answers"]
 
     def test_a_reward_won_without_kindness(self) -> None:
         assert [sign.name for sign in self.crossed(cold=True)] == [
@@ -514,6 +521,43 @@ class TestPage:
         assert re.search(
             r"Questions that nobody can answer, declined; the others were made up: [\d.]+ %, [\d.]+ %, [\d.]+ %", text
         )
+
+    def test_gain_kept_is_of_what_sft_gained(self, data: Path) -> None:
+        """Three quarters of the gain are kept where SFT went from 0.2 to 0.6 and DPO is at 0.5; of none there is no share."""
+        for name, gained, lost in (("base", 0.2, 0.6), ("sft", 0.6, 0.2), ("dpo", 0.5, 0.5)):
+            items = answers("sft")
+            for n, item in enumerate(items):
+                if "recall" in item:
+                    item["recall"] = (gained if item["set"] == "trained" else lost) + 0.001 * (n % 7)
+            write_model(data / "evaluate", name, items)
+        _, _, text = made(data)
+        table = text.split("## Retention")[1].split("##")[0]
+        shown = {
+            line.split(" | ")[0].strip("| "): line.split(" | ")[4]
+            for line in table.splitlines()
+            if line.startswith("| Ref")
+        }
+        assert shown["Reference's words in its answer, trained terms"] == "75.0 %"
+        assert shown["Reference's words in its answer, unseen"] == "–"
+
+    def test_what_chance_would_give_stands_beside_a_choice(self, data: Path) -> None:
+        for name in report.MODELS:
+            write_model(
+                data / "evaluate", name, [i | ({"chance": 0.25} if "correct" in i else {}) for i in answers(name)]
+            )
+        _, page, text = made(data)
+        assert "| General questions, 25.0 % by chance | 80 |" in text
+        assert page.count("25.0 % by chance") == text.count("25.0 % by chance") == 7
+
+    def test_what_pairs_of_ones_own_teach_is_not_said(self, data: Path) -> None:
+        given = json.loads((data / "pair/metrics.json").read_text()) | {"kinds": {"given": 600}}
+        for kinds, there in ((None, True), (given, False)):
+            if kinds:
+                (data / "pair/metrics.json").write_text(json.dumps(kinds))
+            _, page, text = made(data)
+            assert ("Sentences that are a training wrapper" in text) is there
+            assert ("without the sentences that pairs teach" in page) is there
+            assert ("Kindness is judged by a classifier" in page) is there
 
     def test_lm_eval_beside(self, data: Path) -> None:
         for name, value in zip(report.MODELS, (0.25, 0.5, 0.75), strict=True):
