@@ -153,17 +153,14 @@ def page(found: dict[str, Any], machines: dict[str, list[str]]) -> str:
             ]
             lines += [""]
     for part, what in (
-        ("repro", "`dvc repro` with nothing to do | ten stages of `true`"),
-        ("start", "`validate --help` | `import polars`"),
+        ("repro", "`dvc repro` with nothing to do | ten stages of `true` | ratio | this graph of `true`"),
+        ("start", "`validate --help` | `import polars` | ratio"),
     ):
         if part in found:
-            ours, theirs = found[part]
-            lines += [
-                f"| {what} | ratio |",
-                "| --- | --- | --- |",
-                f"| {ours:.2f} s | {theirs:.2f} s | {ours / theirs:.2f} |",
-                "",
-            ]
+            ours, theirs, *alike = found[part]
+            cells = [f"{ours:.2f} s", f"{theirs:.2f} s", f"{ours / theirs:.2f}", *(f"{other:.2f} s" for other in alike)]
+            shown = what if alike or part == "start" else what.rpartition(" | ")[0]
+            lines += [f"| {shown} |", f"|{' --- |' * len(cells)}", f"| {' | '.join(cells)} |", ""]
     if "flow" in found:
         ours, theirs, count = found["flow"]
         lines += [
@@ -238,7 +235,7 @@ def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
         ("start", "start of a data stage", 1.5),
     ):
         if what in found:
-            ours, other = found[what]
+            ours, other, *_ = found[what]
             bar(name, f"≤ {asked:g}", ours / other, ours / other <= asked)
     if found.get("stages"):
         seconds = found["stages"]

@@ -349,6 +349,8 @@ def test_a_score_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytes
         def compute(self, predictions: list[str], references: list[str]) -> dict[str, list[float]]:
             return {"mine": [math.nan] * len(predictions)}
 
+        _compute = compute
+
     monkeypatch.setattr(evaluate, "load", lambda _: Broken())
     row = _row(1, "unseen")[0] | {"id": "abc"}
     with pytest.raises(UserError, match="mine of row abc is nan"):
