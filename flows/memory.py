@@ -271,7 +271,7 @@ def training(
 
 
 def score_bytes(facts: dict[str, Any], batch: Batch) -> int:
-    """Scores of one layer's attention in tasks.fast, which works through the rows in pieces of `FAST_SCORES`."""
+    """Scores of one layer's attention in tasks.fast: of few rows at a time or of few queries of a long one, `FAST_SCORES` at most."""
     rows = batch.padded // max(1, batch.longest)
     return int(min(rows * facts["attention"]["heads"] * batch.longest**2, FAST_SCORES)) * FAST_SCORES_BYTES
 

@@ -381,6 +381,14 @@ def test_constants_are_those_of_the_stages() -> None:
     assert (merge.BATCH, merge.MOST_TOKENS) == (plan.MERGE_BATCH, plan.MERGE_TOKENS)
 
 
+def test_scores_of_long_rows_are_bounded(facts: dict[str, Any]) -> None:
+    """By what tasks.fast holds at once, of one row as of many: tests/test_fast.py measures that."""
+    heads = facts["attention"]["heads"]
+    short, long = (memory.Batch(n, n, n // rows) for n, rows in ((64, 2), (1 << 15, 1)))
+    assert memory.score_bytes(facts, short) == 2 * heads * 32**2 * memory.FAST_SCORES_BYTES
+    assert memory.score_bytes(facts, long) == memory.FAST_SCORES * memory.FAST_SCORES_BYTES < heads * (1 << 30)
+
+
 def test_what_evaluate_compares_is_what_the_plan_counts() -> None:
     from tasks import evaluate
 
