@@ -255,6 +255,12 @@ LIBRARY: dict[str, tuple[tuple[str, str], ...]] = {
     "dpo": (*_TRAINING, ("trl.trainer.dpo_config", "DPOConfig")),
     "generation": (("transformers.generation.configuration_utils", "GenerationConfig"),),
 }
+# optimizers that page to host memory, which needs CUDA → of the same algorithm elsewhere, where its name is not the rest of it
+UNPAGED = {
+    "paged_adamw_32bit": "adamw_torch_fused",
+    "paged_adamw_8bit": "adamw_torch_fused",
+    "paged_ademamix_32bit": "ademamix",
+}
 # what reforge adds to a library's section: the arguments of transformers.EarlyStoppingCallback, and whether a CPU takes
 # the faster path of tasks/fast.py
 ADDED: dict[str, dict[str, Any]] = {
@@ -344,6 +350,11 @@ RESERVED: dict[str, dict[str, str]] = {
         "return_dict_in_generate": "answers are measured, nothing else",
     },
 }
+
+
+def unpaged(optimizer: str) -> str:
+    """The `optim` of transformers that does what this one does, without paging."""
+    return UNPAGED.get(optimizer, optimizer.removeprefix("paged_"))
 
 
 def load(path: Path = Path("params.yaml")) -> dict[str, Any]:

@@ -244,6 +244,43 @@ def test_early_stopping_needs_no_best_model(tmp_path: Path) -> None:
     assert "metric_for_best_model" not in training.arguments({}, 0, tmp_path, True)
 
 
+@pytest.mark.parametrize(
+    ("asked", "used"),
+    [
+        ("paged_adamw_32bit", "adamw_torch_fused"),
+        ("paged_adamw_8bit", "adamw_torch_fused"),
+        ("paged_lion_32bit", "lion_32bit"),
+        ("paged_lion_8bit", "lion_8bit"),
+        ("paged_ademamix_32bit", "ademamix"),
+        ("paged_ademamix_8bit", "ademamix_8bit"),
+        ("rmsprop_bnb_8bit", "rmsprop_bnb_8bit"),
+    ],
+)
+def test_an_optimizer_off_cuda_is_of_the_same_algorithm(
+    asked: str, used: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And takes a step: bitsandbytes 0.50.2 has kernels for the CPU, but none for MPS in 8 bits."""
+    assert used in list(transformers.training_args.OptimizerNames)
+    assert training.arguments({"optim": asked}, 0, tmp_path, False)["optim"] == used
+    layer = torch.nn.Linear(64, 80, bias=False)  # of fewer than 4,096 weights the state is in 32 bits
+    before = layer.weight.detach().clone()
+    given = transformers.TrainingArguments(output_dir=str(tmp_path), optim=used, use_cpu=True, report_to="none")
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(given, layer)
+    optimizer = kind(layer.parameters(), **settings)
+    layer(torch.ones(1, 64)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)
+    states = {t.dtype for t in optimizer.state[layer.weight].values() if isinstance(t, torch.Tensor)}
+    assert (torch.uint8 in states) == ("8bit" in used) == (used in training.EIGHT_BITS)
+    monkeypatch.setattr(models, "device", lambda: torch.device("mps"))
+    with (
+        pytest.raises(UserError, match=r"optim: .*_8bit does not run on mps")
+        if "8bit" in used
+        else contextlib.nullcontext()
+    ):
+        training.arguments({"optim": asked}, 0, tmp_path, False)
+
+
 def test_spikes_and_overfitting_are_named() -> None:
     watch = training.Watch()
     state = type("State", (), {"global_step": 7})()
