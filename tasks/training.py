@@ -153,6 +153,7 @@ def train(trainer: Any, folder: Path, given: dict[str, Any]) -> None:
     resume = last_checkpoint(folder)
     if resume:
         print(f"resuming from {resume}", flush=True)
+        trainer.args.eval_on_start = False  # it was done, is in the history, and would use up patience once more
     seal = _seal_of(Path(resume)) if resume else None
     trainer.add_callback(Checkpoints(trainer, seal))
     try:

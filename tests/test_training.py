@@ -528,6 +528,7 @@ WORSE = BEST | {"greater_is_better": True}  # the loss falls, so that the first 
         pytest.param("sft", STEPS | {"max_steps": 9}, [None], "checkpoint-8", id="saved before the last validation"),
         pytest.param("sft dpo", BEST, [9], "checkpoint-8", id="the best is to be kept"),
         pytest.param("sft", WORSE, [5], "checkpoint-4", id="patience half used up"),
+        pytest.param("sft", WORSE | {"eval_on_start": True}, [5], "checkpoint-4", id="validated before the first step"),
         pytest.param("sft dpo", WORSE, [None], "checkpoint-6", id="stopped early, nothing written"),
     ],
 )
