@@ -146,7 +146,7 @@ def check_reference(trainer: CachedReferenceTrainer) -> None:
     # of all rows together: noise of 16 bits in an answer of two tokens may be more than the tolerance
     apart = sum(abs(sum(s) - row["ref_chosen_logps"]) for s, row in zip(scores, rows, strict=True))
     off = apart / sum(map(len, scores))
-    if off > TOLERANCE:
+    if not off <= TOLERANCE:  # NaN too
         raise UserError(
             f"the reference log-probabilities are not those of this policy: {off:.3f} nats per token apart before the first step; was the reference computed with another adapter or base?"
         )

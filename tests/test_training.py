@@ -352,6 +352,18 @@ def test_reference_scores_are_sums_over_the_answer(tiny: Path, trained: Path, sc
     assert row["chosen_ids"][-1] == model.config.eos_token_id
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_score_that_is_no_number_is_no_reference(
+    tiny: Path, trained: Path, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    monkeypatch.setattr(models, "answer_logprobs", lambda _, asked, *__, **___: [[-1.0]] * (len(asked) - 1) + [[value]])
+    with pytest.raises(
+        UserError, match=f"pair 0{{15}}f: the reference's log-probability of its rejected answer is {value}"
+    ):
+        _score(tiny, trained / "adapter", scored.with_name("pairs.parquet"), tmp_path)
+    assert not (tmp_path / "scored.parquet").exists()
+
+
 def test_dpo_starts_at_log_two_learns_and_repeats(tiny: Path, trained: Path, scored: Path, tmp_path: Path) -> None:
     one = _dpo(tiny, trained / "adapter", scored, tmp_path / "one")
     assert one["loss_first"] == pytest.approx(math.log(2), abs=0.03)
@@ -644,8 +656,12 @@ def test_collapse_of_chosen_logprobs_stops() -> None:
         short.on_log(args, state, None, {"rewards/chosen": -4.0})
 
 
-@pytest.mark.parametrize(("off", "refused"), [(0.3, False), (3.0, True)])
-def test_the_reference_is_checked_over_all_tokens(monkeypatch: pytest.MonkeyPatch, off: float, refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("off", "refused"), [(0.3, None), (3.0, r"0\.194 nats per token apart"), (math.nan, "nan nats per token apart")]
+)
+def test_the_reference_is_checked_over_all_tokens(
+    monkeypatch: pytest.MonkeyPatch, off: float, refused: str | None
+) -> None:
     """Noise in an answer of two tokens is none of the policy; an offset in all of them is."""
     lengths = [2, 20, 20, 20]
     rows = [{"prompt_ids": [1], "chosen_ids": [2] * n, "ref_chosen_logps": -1.0 * n - off} for n in lengths]
@@ -654,7 +670,7 @@ def test_the_reference_is_checked_over_all_tokens(monkeypatch: pytest.MonkeyPatc
         train_dataset=rows, model=model, accelerator=SimpleNamespace(autocast=contextlib.nullcontext)
     )
     monkeypatch.setattr(models, "answer_logprobs", lambda *_: [[-1.0] * n for n in lengths])
-    with pytest.raises(UserError, match=r"0\.194 nats per token apart") if refused else contextlib.nullcontext():
+    with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
         dpo.check_reference(trainer)
 
 
@@ -754,6 +770,34 @@ def test_merge_fails_above_its_limit(
             template=Template(),
         )
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("found", "kept"), [((math.nan, 0.5), "16bit"), ((0.5, math.nan), "dequantized"), ((math.nan, math.inf), None)]
+)
+def test_what_can_not_be_compared_is_not_kept(
+    tiny: Path, facts: Path, trained: Path, rows: Path, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    found: tuple[float, float], kept: str | None,
+) -> None:  # fmt: skip
+    """NaN is neither less nor more than any limit."""
+    left = list(found)
+    monkeypatch.setattr(merge, "compare", lambda target, _: {"kl": left.pop(0), "top1": 1.0})
+    monkeypatch.setattr(merge, "_distributions", lambda *_: [])
+    paths = (
+        tiny,
+        facts,
+        trained / "adapter",
+        trained / "metrics.json",
+        rows,
+        sources,
+        tmp_path / "model",
+        tmp_path / "metrics.json",
+    )
+    refused = pytest.raises(UserError, match="nan nats per token from the adapter on its base: some of its logits")
+    with contextlib.nullcontext() if kept else refused:
+        merge.run(*paths, Merge(max_kl=1.0), NF4, Template())
+    assert (tmp_path / "model").exists() == bool(kept)
+    assert kept in (None, json.loads((tmp_path / "metrics.json").read_text())["kept"])
 
 
 def test_a_merged_model_ends_where_its_evaluation_does(
