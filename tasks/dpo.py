@@ -22,7 +22,8 @@ from tasks.params import UserError
 
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
 COLLAPSE = 1.0  # nats per token: chosen answers this much less likely than under the reference are a collapse
-KL_BATCH = 8  # pairs whose answers are compared at once over the whole vocabulary
+ADAPTERS = ("default", "ref")  # policy and reference, as trl names them
+KL_BATCH = 8  # pairs whose answers are compared at once, `models.SCORED` tokens of them over the whole vocabulary
 TOLERANCE = 0.05  # nats per token between the reference's and the policy's log p at step 0; bf16 noise stays below
 
 
@@ -115,14 +116,22 @@ class CachedReferenceTrainer(DPOTrainer):
         size = min(KL_BATCH, self.args.per_device_eval_batch_size)
         for group in models.batches([len(p) + len(a) for p, a in asked], size):
             part = [asked[i] for i in group]
-            with self.accelerator.autocast():
-                self.model.set_adapter("default")
-                policy = torch.cat(models.token_logits(self.model, part)).log_softmax(-1)
-                self.model.set_adapter("ref")
-                reference = torch.cat(models.token_logits(self.model, part)).log_softmax(-1)
-            # a token at a time: one sum over all is cut up by the number of threads, and its last digits with it
-            total += math.fsum((policy.exp() * (policy - reference)).sum(-1).tolist())
-            tokens += len(policy)
+            states = []
+            for name in ADAPTERS:
+                self.model.set_adapter(name)
+                with self.accelerator.autocast():
+                    before, head = models.before_head(self.model, part)
+                states.append(torch.split(before, models.SCORED))
+            for pieces in zip(*states, strict=True):  # all at once over a large vocabulary are gigabytes
+                logps = []
+                for name, piece in zip(ADAPTERS, pieces, strict=True):
+                    self.model.set_adapter(name)  # the head may be adapted too
+                    with self.accelerator.autocast():
+                        logps.append(head(piece).float().log_softmax(-1))
+                policy, reference = logps
+                # a token at a time: one sum over all is cut up by the number of threads, and its last digits with it
+                total += math.fsum((policy.exp() * (policy - reference)).sum(-1).tolist())
+                tokens += len(policy)
         self.model.set_adapter("default")
         self.model.requires_grad_(False)  # set_adapter thawed each adapter in turn
         for parameter in trained:

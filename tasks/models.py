@@ -362,11 +362,11 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, at: int | None = None) -> 
 
 def token_logits(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
     """For each (prompt, answer) of token ids, the float32 logits `(len(answer), vocabulary)` that predict the answer."""
-    states, head = _before_head(model, rows)
+    states, head = before_head(model, rows)
     return list(torch.split(head(states).float(), [len(answer) for _, answer in rows]))
 
 
-def _before_head(model: nn.Module, rows: Sequence[Row]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def before_head(model: nn.Module, rows: Sequence[Row]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """What predicts the answers' tokens, one after another, and what makes logits of it.
 
     The head runs over answer positions only, unless the model does more to its logits than that and takes no mask of them.
@@ -393,7 +393,7 @@ def _before_head(model: nn.Module, rows: Sequence[Row]) -> tuple[Tensor, Callabl
 
 def _token_logprobs(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
     """log p of every answer token, `(len(answer),)` each, with the logits of `SCORED` tokens at a time."""
-    states, head = _before_head(model, rows)
+    states, head = before_head(model, rows)
     targets = torch.tensor([token for _, answer in rows for token in answer], device=states.device)
     parts = zip(torch.split(states, SCORED), torch.split(targets, SCORED), strict=True)
     found = [head(part).float().log_softmax(-1).gather(1, target[:, None])[:, 0] for part, target in parts]

@@ -395,6 +395,20 @@ def test_what_evaluate_compares_is_what_the_plan_counts() -> None:
     assert (evaluate.KL_ROWS, evaluate.KL_TOKENS, evaluate.KL_BATCH) == (plan.KL_ROWS, plan.KL_TOKENS, plan.KL_BATCH)
 
 
+def test_what_dpo_compares_is_bounded(facts: dict[str, Any]) -> None:
+    """Over the whole vocabulary so many tokens at once and no more, however long the answers."""
+    section = plan.DEFAULTS | {"eval_strategy": "epoch"}
+    batch = memory.Batch(64, 64, 32)
+    device = Device("cpu", "", 0, 0)
+
+    def tables(kl: int) -> int:
+        need = memory.training(facts, section, LORA, None, device, batch, batch, copies=1, kl=kl)
+        return sum(part.bytes for part in need.parts if part.name.startswith("KL to the reference"))
+
+    assert tables(100) == 20 * 100 * facts["vocabulary"]
+    assert tables(4000) == tables(memory.SCORED) == 20 * memory.SCORED * facts["vocabulary"]
+
+
 def test_optimizers() -> None:
     def of(name: str) -> int:
         return memory.optimizer_bytes(name, 1000)
