@@ -34,7 +34,8 @@ def run(
     """Train a copy of `adapter` on `pairs` (output of `reference`) and save it to `out`; without pairs, the copy as it is.
 
     Raises:
-        UserError: the reference is not this policy; the loss is no number; chosen log-probabilities collapse.
+        UserError: the reference is not this policy, or was computed in another precision; the loss is no number; chosen
+            log-probabilities collapse.
     """
     if not parquet.read_metadata(pairs).num_rows:
         shutil.copytree(adapter, out, copy_function=shutil.copyfile, dirs_exist_ok=True)
@@ -45,6 +46,7 @@ def run(
         curve.write_text("step\tloss\n")
         metrics.write_text(json.dumps({"steps": 0}, indent=2) + "\n")
         return "no pairs: the SFT adapter as it is"
+    check_precision(params)
     folder = training.checkpoint_folder(
         "dpo", [base, adapter, pairs], {"dpo": params, "quantization": quantization, "seed": seed}
     )
@@ -138,6 +140,20 @@ class CachedReferenceTrainer(DPOTrainer):
             parameter.requires_grad_(True)
         self.model.train(was)
         return total / max(1, tokens)
+
+
+def check_precision(given: dict[str, Any]) -> None:
+    """Refuse a precision of the policy other than that in which the `reference` stage scores.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for key, value in training.precision().items():
+        if given.get(key, value) != value:
+            dtype = str(models.compute_dtype()).removeprefix("torch.")
+            raise UserError(
+                f"dpo.{key}: expected {str(value).lower()}, found {str(given[key]).lower()}: the reference's log-probabilities are computed in {dtype} here, and the policy's have to be"
+            )
 
 
 def check_reference(trainer: CachedReferenceTrainer) -> None:

@@ -45,14 +45,13 @@ def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -
     Raises:
         UserError: the optimizer can't run on this device.
     """
-    dtype, kind = models.compute_dtype(), models.device().type
+    kind = models.device().type
     out: dict[str, Any] = {
         "optim": "paged_adamw_32bit",
         "logging_steps": 5,
         "save_total_limit": 2,
         "report_to": "none",
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16 and kind == "cuda",
+        **precision(),
     }
     out |= {key: value for key, value in given.items() if key not in ADDED["sft"]}
     if "paged" in out["optim"] and kind != "cuda":
@@ -79,6 +78,12 @@ def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -
             "logging_nan_inf_filter": False,  # it would put the mean of the losses before in the place of one that is no number
         }
     )
+
+
+def precision() -> dict[str, bool]:
+    """What a trainer multiplies in, unless it is told otherwise: as `models.compute_dtype`."""
+    dtype = models.compute_dtype()
+    return {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16 and models.device().type == "cuda"}
 
 
 def config(kind: Callable[..., Config], section: str, given: dict[str, Any]) -> Config:

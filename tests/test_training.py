@@ -449,6 +449,21 @@ def test_kl_to_reference_is_that_of_each_chosen_token(
     assert [float(value) for value in wrong if abs(value / found - 1) < 0.02] == []
 
 
+@pytest.mark.parametrize("computing", [torch.float32, torch.bfloat16])
+def test_dpo_computes_in_the_precision_of_its_reference(
+    monkeypatch: pytest.MonkeyPatch, computing: torch.dtype
+) -> None:
+    monkeypatch.setattr(models, "compute_dtype", lambda: computing)
+    bf16 = computing == torch.bfloat16
+    dpo.check_precision({"bf16": bf16, "fp16": False})
+    dpo.check_precision({})
+    said = rf"dpo\.bf16: expected {bf16}, found {not bf16}: .* in {computing}".lower().replace("torch.", "")
+    with pytest.raises(UserError, match=said):
+        dpo.check_precision({"bf16": not bf16})
+    with pytest.raises(UserError, match=r"dpo\.fp16: expected false, found true"):
+        dpo.check_precision({"fp16": True})
+
+
 def test_a_validation_leaves_trainable_what_was(
     tiny: Path, facts: Path, rows: Path, scored: Path, tmp_path: Path
 ) -> None:
