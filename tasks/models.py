@@ -269,7 +269,9 @@ def load_merged(
     that base's values; else into the original weights. See docs/decisions/0006-merge.md for how they compare.
     """
     stored = stored_dtype(base)
-    adapted = load_adapter(load(base, None, dtype=stored), adapter, trainable=False)
+    plain: Any = load(base, None, dtype=stored)
+    embeddings, head = plain.get_input_embeddings(), plain.get_output_embeddings()
+    adapted = load_adapter(plain, adapter, trainable=False)
     sources: dict[str, nn.Module] = {}
     if quantization is not None and onto_dequantized:
         sources = {
@@ -284,14 +286,19 @@ def load_merged(
         if source is not None:
             layer.weight.data = dequantized(source)
         if layer is not module:
+            if layer in (embeddings, head) and embeddings.weight is head.weight:  # what one gains is not the other's
+                layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
             for parameter in layer.parameters(recurse=False):
                 parameter.data = parameter.data.float()
             module.merge(safe_merge=True)
         if source is not None or layer is not module:
             for parameter in layer.parameters(recurse=False):
                 parameter.data = parameter.data.to(stored)
-    with warnings.catch_warnings():  # its layers are merged; what else peft holds, `modules_to_save`, is put in place
-        warnings.filterwarnings("ignore", ".*already merged|Already following adapters", UserWarning)
+    # its layers are merged; what else peft holds, `modules_to_save`, is put in place, and if embeddings and head are no longer
+    # one, the config says so: `tests/test_models.py::test_embeddings_and_head_that_were_trained_apart_stay_apart`
+    with warnings.catch_warnings():
+        known = ".*already merged|Already following adapters|Input and output embeddings are no longer tied"
+        warnings.filterwarnings("ignore", known, UserWarning)
         merged: PreTrainedModel = adapted.merge_and_unload()
     return cast(merged, stored).eval()
 
