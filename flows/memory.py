@@ -227,8 +227,9 @@ def training(
         section: `sft` or `dpo` of params.yaml, with the libraries' defaults filled in.
         evaluated: a batch of the validation, where nothing is kept.
         copies: adapters beside the trained one (dpo: the reference).
-        kl: answer tokens that `dpo` compares over the whole vocabulary at once.
+        kl: answer tokens that `dpo` compares at once, over the whole vocabulary in pieces of `SCORED`.
     """
+    kl = min(kl, SCORED)
     packed = packable(facts, device, section)
     fused = packed and not (quantization or {}).get("load_in_8bit") and not lora.get("lora_dropout")
     tokens = batch.tokens if packed and not lora.get("lora_dropout") else batch.padded
@@ -271,7 +272,7 @@ def training(
 
 
 def score_bytes(facts: dict[str, Any], batch: Batch) -> int:
-    """Scores of one layer's attention in tasks.fast, which works through the rows in pieces of `FAST_SCORES`."""
+    """Scores of one layer's attention in tasks.fast: of few rows at a time or of few queries of a long one, `FAST_SCORES` at most."""
     rows = batch.padded // max(1, batch.longest)
     return int(min(rows * facts["attention"]["heads"] * batch.longest**2, FAST_SCORES)) * FAST_SCORES_BYTES
 

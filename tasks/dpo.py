@@ -22,7 +22,8 @@ from tasks.params import UserError
 
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
 COLLAPSE = 1.0  # nats per token: chosen answers this much less likely than under the reference are a collapse
-KL_BATCH = 8  # pairs whose answers are compared at once over the whole vocabulary
+ADAPTERS = ("default", "ref")  # policy and reference, as trl names them
+KL_BATCH = 8  # pairs whose answers are compared at once, `models.SCORED` tokens of them over the whole vocabulary
 TOLERANCE = 0.05  # nats per token between the reference's and the policy's log p at step 0; bf16 noise stays below
 
 
@@ -33,7 +34,8 @@ def run(
     """Train a copy of `adapter` on `pairs` (output of `reference`) and save it to `out`; without pairs, the copy as it is.
 
     Raises:
-        UserError: the reference is not this policy; the loss is no number; chosen log-probabilities collapse.
+        UserError: the reference is not this policy, or was computed in another precision; the loss is no number; chosen
+            log-probabilities collapse.
     """
     if not parquet.read_metadata(pairs).num_rows:
         shutil.copytree(adapter, out, copy_function=shutil.copyfile, dirs_exist_ok=True)
@@ -44,6 +46,7 @@ def run(
         curve.write_text("step\tloss\n")
         metrics.write_text(json.dumps({"steps": 0}, indent=2) + "\n")
         return "no pairs: the SFT adapter as it is"
+    check_precision(params)
     folder = training.checkpoint_folder(
         "dpo", [base, adapter, pairs], {"dpo": params, "quantization": quantization, "seed": seed}
     )
@@ -115,20 +118,42 @@ class CachedReferenceTrainer(DPOTrainer):
         size = min(KL_BATCH, self.args.per_device_eval_batch_size)
         for group in models.batches([len(p) + len(a) for p, a in asked], size):
             part = [asked[i] for i in group]
-            with self.accelerator.autocast():
-                self.model.set_adapter("default")
-                policy = torch.cat(models.token_logits(self.model, part)).log_softmax(-1)
-                self.model.set_adapter("ref")
-                reference = torch.cat(models.token_logits(self.model, part)).log_softmax(-1)
-            # a token at a time: one sum over all is cut up by the number of threads, and its last digits with it
-            total += math.fsum((policy.exp() * (policy - reference)).sum(-1).tolist())
-            tokens += len(policy)
+            states = []
+            for name in ADAPTERS:
+                self.model.set_adapter(name)
+                with self.accelerator.autocast():
+                    before, head = models.before_head(self.model, part)
+                states.append(torch.split(before, models.SCORED))
+            for pieces in zip(*states, strict=True):  # all at once over a large vocabulary are gigabytes
+                logps = []
+                for name, piece in zip(ADAPTERS, pieces, strict=True):
+                    self.model.set_adapter(name)  # the head may be adapted too
+                    with self.accelerator.autocast():
+                        logps.append(head(piece).float().log_softmax(-1))
+                policy, reference = logps
+                # a token at a time: one sum over all is cut up by the number of threads, and its last digits with it
+                total += math.fsum((policy.exp() * (policy - reference)).sum(-1).tolist())
+                tokens += len(policy)
         self.model.set_adapter("default")
         self.model.requires_grad_(False)  # set_adapter thawed each adapter in turn
         for parameter in trained:
             parameter.requires_grad_(True)
         self.model.train(was)
         return total / max(1, tokens)
+
+
+def check_precision(given: dict[str, Any]) -> None:
+    """Refuse a precision of the policy other than that in which the `reference` stage scores.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for key, value in training.precision().items():
+        if given.get(key, value) != value:
+            dtype = str(models.compute_dtype()).removeprefix("torch.")
+            raise UserError(
+                f"dpo.{key}: expected {str(value).lower()}, found {str(given[key]).lower()}: the reference's log-probabilities are computed in {dtype} here, and the policy's have to be"
+            )
 
 
 def check_reference(trainer: CachedReferenceTrainer) -> None:
@@ -146,7 +171,7 @@ def check_reference(trainer: CachedReferenceTrainer) -> None:
     # of all rows together: noise of 16 bits in an answer of two tokens may be more than the tolerance
     apart = sum(abs(sum(s) - row["ref_chosen_logps"]) for s, row in zip(scores, rows, strict=True))
     off = apart / sum(map(len, scores))
-    if off > TOLERANCE:
+    if not off <= TOLERANCE:  # NaN too
         raise UserError(
             f"the reference log-probabilities are not those of this policy: {off:.3f} nats per token apart before the first step; was the reference computed with another adapter or base?"
         )

@@ -43,6 +43,7 @@ SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 HEAD_CHUNK = 1 << 23  # logits held at once, in elements
 KEPT_SCORES = 1 << 21  # attention weights of a layer kept for its backward pass, in elements
 SCORE_CHUNK = 1 << 25  # attention scores held at once, in elements
+KEPT_BIAS = 1 << 23  # elements of a bucket's mask that is kept from layer to layer
 native = getattr(lib, "_lib", None)  # bitsandbytes' own library
 KERNELS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # as it names them
 # what a trainer may pass beside the rows; anything else goes the trainer's own way
@@ -78,14 +79,42 @@ class Bucket:
             self.cache[name, heads] = (tokens[:, None] * heads + torch.arange(heads)[:, None]).reshape(-1)
         return self.cache[name, heads]
 
-    def bias(self, window: int | None) -> Tensor:
-        """`(rows, 1, queries, keys)`: 0 where a query may look, else -inf. `window` tokens back, itself included."""
-        if window not in self.cache:
-            here = torch.arange(self.queries.shape[1]) + self.offsets[:, None]
-            back = here[:, None, :, None] - torch.arange(self.keys.shape[1])
-            hidden = (back < 0) | (back >= window) if window else back < 0
-            self.cache[window] = torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)
-        return self.cache[window]
+    def bias(self, window: int | None, rows: slice, queries: slice, seen: int) -> Tensor:
+        """`(rows, 1, queries, seen)`: 0 where a query may look, else -inf. `window` tokens back, itself included.
+
+        Of the whole bucket it is kept for the other layers, unless it is large.
+        """
+        key = window, rows.start, rows.stop, queries.start, queries.stop
+        if key in self.cache:
+            return self.cache[key]
+        here = torch.arange(queries.start, queries.stop) + self.offsets[rows, None]
+        # beyond a row's end as at its last token: a query that sees no key has weights that are no number, in a gradient times 0
+        here = torch.minimum(here, self.lengths[rows, None] - 1).int()
+        back = here[:, None, :, None] - torch.arange(seen, dtype=torch.int32)
+        hidden = (back < 0) | (back >= window) if window else back < 0
+        bias = torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)
+        if self.queries.numel() * self.keys.shape[1] <= KEPT_BIAS:
+            self.cache[key] = bias
+        return bias
+
+    def row_slices(self, heads: int) -> Iterator[slice]:
+        """Rows whose scores are held at once: as many as fit, at least one."""
+        step = max(1, SCORE_CHUNK // (heads * self.queries.shape[1] * self.keys.shape[1]))
+        for start in range(0, len(self.queries), step):
+            yield slice(start, min(start + step, len(self.queries)))
+
+    def pieces(self, rows: slice, heads: int, window: int | None) -> Iterator[tuple[slice, int, Tensor]]:
+        """All queries of `rows`; where the scores of a single row are too many, some at a time, the last ones first.
+
+        With them, how many keys of the row they may see (the last ones all), and `bias`.
+        """
+        longest, widest = self.queries.shape[1], self.keys.shape[1]
+        fits = heads * longest * widest <= SCORE_CHUNK
+        step = longest if fits else max(1, SCORE_CHUNK // (heads * widest))
+        for stop in range(longest, 0, -step):
+            seen = widest if stop == longest else min(widest, int(self.offsets[rows.start]) + stop)
+            queries = slice(max(0, stop - step), stop)
+            yield queries, seen, self.bias(window, rows, queries, seen)
 
 
 @dataclass
@@ -221,11 +250,15 @@ class _Attention(torch.autograd.Function):
         )
         for bucket in layout.buckets:
             q, k, v = _rows(bucket, "queries", query), _rows(bucket, "keys", key), _rows(bucket, "keys", value)
-            for part, bias in _parts(bucket, q, k, window):
-                weights = _weights(q[part], k[part], bias, scale)
-                out.append((weights @ _fold(v[part], 1)).reshape(-1, value.shape[2]))
-                if keep:
-                    kept.append(weights)
+            for rows in bucket.row_slices(heads):
+                found: list[Tensor] = []
+                for queries, seen, bias in bucket.pieces(rows, heads, window):
+                    weights = _weights(q[rows, :, queries], k[rows, :, :seen], bias, scale)
+                    product = weights @ _fold(v[rows, :, :seen], 1)
+                    found.append(product.view(bias.shape[0], heads, bias.shape[2], -1))
+                    if keep:
+                        kept.append(weights)
+                out.append(_joined(found))
         ctx.save_for_backward(query, key, value, *kept)
         return _unrow(layout, out, heads)
 
@@ -240,17 +273,25 @@ class _Attention(torch.autograd.Function):
             q, k, v = _rows(bucket, "queries", query), _rows(bucket, "keys", key), _rows(bucket, "keys", value)
             g = _rows(bucket, "queries", grad)
             g.view(-1, g.shape[-1]).index_fill_(0, _spread(bucket, g.shape[1]), 0)
-            for part, bias in _parts(bucket, q, k, window):
-                qp, kp, vp, gp = q[part], k[part], v[part], g[part]
-                group = qp.shape[1] // kp.shape[1]
-                weights = kept.pop(0) if kept else _weights(qp, kp, bias, scale)
-                gf, qf, kf, vf = _fold(gp, group), _fold(qp, group), _fold(kp, 1), _fold(vp, 1)
-                dv.append((weights.transpose(1, 2) @ gf).view(-1, v.shape[-1]))
-                inner = torch._softmax_backward_data(gf @ vf.transpose(1, 2), weights, -1, q.dtype)
-                dq.append((inner @ kf).mul_(scale).view(-1, q.shape[-1]))
-                dk.append((inner.transpose(1, 2) @ qf).mul_(scale).view(-1, k.shape[-1]))
-        dkey, dvalue = _gathered(layout, dk, key.shape[1]), _gathered(layout, dv, key.shape[1])
-        return _unrow(layout, dq, query.shape[1]), dkey, dvalue, None, None, None
+            group = q.shape[1] // k.shape[1]
+            for rows in bucket.row_slices(q.shape[1]):
+                found: list[Tensor] = []
+                dkey = dvalue = None
+                for queries, seen, bias in bucket.pieces(rows, q.shape[1], window):
+                    qp, kp, vp, gp = q[rows, :, queries], k[rows, :, :seen], v[rows, :, :seen], g[rows, :, queries]
+                    weights = kept.pop(0) if kept else _weights(qp, kp, bias, scale)
+                    gf, qf, kf, vf = _fold(gp, group), _fold(qp, group), _fold(kp, 1), _fold(vp, 1)
+                    dvalue = _added(dvalue, weights.transpose(1, 2) @ gf)
+                    inner = torch._softmax_backward_data(gf @ vf.transpose(1, 2), weights, -1, q.dtype)
+                    found.append((inner @ kf).mul_(scale).view(qp.shape))
+                    dkey = _added(dkey, (inner.transpose(1, 2) @ qf).mul_(scale))
+                assert dkey is not None
+                assert dvalue is not None
+                dq.append(_joined(found))
+                dk.append(dkey.to(k.dtype).view(-1, k.shape[-1]))
+                dv.append(dvalue.to(v.dtype).view(-1, v.shape[-1]))
+        back = _gathered(layout, dk, key.shape[1]), _gathered(layout, dv, key.shape[1])
+        return _unrow(layout, dq, query.shape[1]), *back, None, None, None
 
 
 def _gathered(layout: Layout, parts: list[Tensor], heads: int) -> Tensor:
@@ -277,12 +318,19 @@ def _unrow(layout: Layout, parts: list[Tensor], heads: int) -> Tensor:
     return stacked.index_select(0, layout.scatter(heads)).view(-1, heads, stacked.shape[1])
 
 
-def _parts(bucket: Bucket, q: Tensor, k: Tensor, window: int | None) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows whose scores fit in memory, with their masks."""
-    bias = bucket.bias(window)
-    step = max(1, SCORE_CHUNK // (q.shape[1] * q.shape[2] * k.shape[2]))
-    for start in range(0, len(q), step):
-        yield slice(start, start + step), bias[start : start + step]
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """Pieces of queries, the last ones first, `(rows, heads, queries, d)` → `(rows * heads * all queries, d)`."""
+    whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces[::-1], 2)
+    return whole.view(-1, whole.shape[-1])
+
+
+def _added(total: Tensor | None, piece: Tensor) -> Tensor:
+    """The sum over pieces of queries, of which each sees the first `(…, keys, d)`, the first piece all; in float32 if several."""
+    if total is None:
+        return piece
+    total = total.float()
+    total[:, : piece.shape[1]] += piece
+    return total
 
 
 def _fold(x: Tensor, group: int) -> Tensor:
@@ -580,7 +628,15 @@ class _LogProbs(torch.autograd.Function):
 
 def _scored(base: Any, layout: Layout, before: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     """`_LogProbs` of `targets`, each given the packed token `before` it, under the decoder and head of `base`."""
-    out = base.get_decoder()(input_ids=layout.ids, position_ids=layout.positions, use_cache=False, layout=layout)
+    # transformers 5.23 takes positions that restart for packed rows, and would build a mask of all tokens by all tokens,
+    # which `attend` does without; one of four dimensions it passes on as it is
+    out = base.get_decoder()(
+        input_ids=layout.ids,
+        attention_mask=torch.empty(1, 1, 1, 1),
+        position_ids=layout.positions,
+        use_cache=False,
+        layout=layout,
+    )
     hidden = out.last_hidden_state[0].index_select(0, before)
     head = base.get_output_embeddings()
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else head.weight.dtype

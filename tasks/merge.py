@@ -7,6 +7,7 @@ docs/decisions/0006-merge.md.
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ def run(
             rows with their sources and licences.
 
     Raises:
-        UserError: the closer one is further than `merge.max_kl` from the adapter on its base.
+        UserError: the closer one is further than `merge.max_kl` from the adapter on its base, or no number says how far.
     """
     held_out = answers(rows / "validation.parquet", params.prompts) or answers(rows / "train.parquet", params.prompts)
     held_out.sort(key=lambda row: -len(row[0]) - len(row[1]))  # batches of like length
@@ -56,7 +57,7 @@ def run(
         # measured in what holds every value that is saved: on a CPU in what is fast, on a GPU, where it has to fit, as it is
         wide = torch.promote_types(stored, models.compute_dtype()) if models.device().type == "cpu" else stored
         found[name] = compare(target, _distributions(models.cast(candidate, wide), held_out))
-        if kept is None or found[name]["kl"] < found[best]["kl"]:
+        if kept is None or _far(found[name]) < _far(found[best]):
             kept = None  # two of them need not lie in memory
             best, kept = name, models.cast(candidate.to("cpu"), stored)  # off the GPU, where one model has to fit
         del candidate
@@ -73,6 +74,10 @@ def run(
         },  # for the model cards
     }
     metrics.write_text(json.dumps(result, indent=2) + "\n")
+    if not math.isfinite(found[best]["kl"]):
+        raise UserError(
+            f"the merged model is {found[best]['kl']} nats per token from the adapter on its base: some of its logits are no number; was the training stable, and does fp16 hold its values?"
+        )
     if found[best]["kl"] > params.max_kl:
         raise UserError(
             f"the merged model is {found[best]['kl']:.4f} nats per token from the adapter on its base, more than merge.max_kl {params.max_kl}; serve the adapter on the quantised base instead, or raise the limit"
@@ -113,6 +118,10 @@ def compare(target: Iterable[Tensor], other: Iterable[Tensor]) -> dict[str, floa
         kl.append((t.exp() * (t - o)).sum(-1))
         same.append(t.argmax(-1) == o.argmax(-1))
     return {"kl": round(float(torch.cat(kl).mean()), 6), "top1": round(float(torch.cat(same).float().mean()), 6)}
+
+
+def _far(found: dict[str, float]) -> float:
+    return found["kl"] if math.isfinite(found["kl"]) else math.inf
 
 
 def _distributions(model: torch.nn.Module, rows: list[models.Row]) -> Iterator[Tensor]:

@@ -269,7 +269,9 @@ def load_merged(
     that base's values; else into the original weights. See docs/decisions/0006-merge.md for how they compare.
     """
     stored = stored_dtype(base)
-    adapted = load_adapter(load(base, None, dtype=stored), adapter, trainable=False)
+    plain: Any = load(base, None, dtype=stored)
+    embeddings, head = plain.get_input_embeddings(), plain.get_output_embeddings()
+    adapted = load_adapter(plain, adapter, trainable=False)
     sources: dict[str, nn.Module] = {}
     if quantization is not None and onto_dequantized:
         sources = {
@@ -284,14 +286,19 @@ def load_merged(
         if source is not None:
             layer.weight.data = dequantized(source)
         if layer is not module:
+            if layer in (embeddings, head) and embeddings.weight is head.weight:  # what one gains is not the other's
+                layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
             for parameter in layer.parameters(recurse=False):
                 parameter.data = parameter.data.float()
             module.merge(safe_merge=True)
         if source is not None or layer is not module:
             for parameter in layer.parameters(recurse=False):
                 parameter.data = parameter.data.to(stored)
-    with warnings.catch_warnings():  # its layers are merged; what else peft holds, `modules_to_save`, is put in place
-        warnings.filterwarnings("ignore", ".*already merged|Already following adapters", UserWarning)
+    # its layers are merged; what else peft holds, `modules_to_save`, is put in place, and if embeddings and head are no longer
+    # one, the config says so: `tests/test_models.py::test_embeddings_and_head_that_were_trained_apart_stay_apart`
+    with warnings.catch_warnings():
+        known = ".*already merged|Already following adapters|Input and output embeddings are no longer tied"
+        warnings.filterwarnings("ignore", known, UserWarning)
         merged: PreTrainedModel = adapted.merge_and_unload()
     return cast(merged, stored).eval()
 
@@ -362,11 +369,11 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, at: int | None = None) -> 
 
 def token_logits(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
     """For each (prompt, answer) of token ids, the float32 logits `(len(answer), vocabulary)` that predict the answer."""
-    states, head = _before_head(model, rows)
+    states, head = before_head(model, rows)
     return list(torch.split(head(states).float(), [len(answer) for _, answer in rows]))
 
 
-def _before_head(model: nn.Module, rows: Sequence[Row]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def before_head(model: nn.Module, rows: Sequence[Row]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """What predicts the answers' tokens, one after another, and what makes logits of it.
 
     The head runs over answer positions only, unless the model does more to its logits than that and takes no mask of them.
@@ -393,7 +400,7 @@ def _before_head(model: nn.Module, rows: Sequence[Row]) -> tuple[Tensor, Callabl
 
 def _token_logprobs(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
     """log p of every answer token, `(len(answer),)` each, with the logits of `SCORED` tokens at a time."""
-    states, head = _before_head(model, rows)
+    states, head = before_head(model, rows)
     targets = torch.tensor([token for _, answer in rows for token in answer], device=states.device)
     parts = zip(torch.split(states, SCORED), torch.split(targets, SCORED), strict=True)
     found = [head(part).float().log_softmax(-1).gather(1, target[:, None])[:, 0] for part, target in parts]

@@ -256,12 +256,19 @@ LIBRARY: dict[str, tuple[tuple[str, str], ...]] = {
     "dpo": (*_TRAINING, ("trl.trainer.dpo_config", "DPOConfig")),
     "generation": (("transformers.generation.configuration_utils", "GenerationConfig"),),
 }
+# optimizers that page to host memory, which needs CUDA → of the same algorithm elsewhere, where its name is not the rest of it
+UNPAGED = {
+    "paged_adamw_32bit": "adamw_torch_fused",
+    "paged_adamw_8bit": "adamw_torch_fused",
+    "paged_ademamix_32bit": "ademamix",
+}
 # what reforge adds to a library's section: the arguments of transformers.EarlyStoppingCallback, and whether a CPU takes
 # the faster path of tasks/fast.py
 ADDED: dict[str, dict[str, Any]] = {
     section: {"early_stopping_patience": int, "early_stopping_threshold": float, "fast": bool}
     for section in ("sft", "dpo")
 }
+_PLAIN = "on a quantised base peft trains plain LoRA instead, and says nothing"
 # the fields that reforge sets itself, and where they are set instead
 _OURS = {
     "resume_from_checkpoint": "an interrupted run resumes by itself",
@@ -318,6 +325,20 @@ RESERVED: dict[str, dict[str, str]] = {
         "inference_mode": "set by the stage",
         "lora_bias": "the layers of these models have no bias to merge it into",
         "alora_invocation_tokens": "such an adapter can't be merged",
+        "arrow_config": "such an adapter can't be merged",
+        "layer_replication": "layers that share their weights can't be merged apart",
+        "kasa_config": _PLAIN,
+        "monteclora_config": _PLAIN,
+        "use_bdlora": _PLAIN,
+        "use_qalora": "of GPTQ's layers only",
+        "qalora_group_size": "see use_qalora",
+        "loftq_config": "see init_lora_weights",
+        "eva_config": "see init_lora_weights",
+        "corda_config": "see init_lora_weights",
+        "lora_ga_config": "see init_lora_weights",
+        "megatron_config": "these models have no layers of Megatron",
+        "megatron_core": "see megatron_config",
+        "runtime_config": "no adapter keeps it",
     },
     "quantization": {"quant_method": "always bitsandbytes"},
     "generation": {
@@ -330,6 +351,11 @@ RESERVED: dict[str, dict[str, str]] = {
         "return_dict_in_generate": "answers are measured, nothing else",
     },
 }
+
+
+def unpaged(optimizer: str) -> str:
+    """The `optim` of transformers that does what this one does, without paging."""
+    return UNPAGED.get(optimizer, optimizer.removeprefix("paged_"))
 
 
 def load(path: Path = Path("params.yaml")) -> dict[str, Any]:
@@ -557,6 +583,8 @@ def _combinations(params: dict[str, Any], faults: list[str]) -> None:
         need(section, "num_train_epochs", given.get("num_train_epochs", 1) > 0, "a number > 0")
         for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             need(section, key, given.get(key, 1) >= 1, "an integer ≥ 1")
+        # a training that logs no loss has none to report, and no watch over it
+        need(section, "logging_strategy", given.get("logging_strategy") != "no", "`steps` or `epoch`")
         if given.get("load_best_model_at_end") and given.get("eval_strategy", "no") == "no":
             faults.append(f"{section}.load_best_model_at_end: needs {section}.eval_strategy other than `no`")
         if "early_stopping_patience" in given and given.get("eval_strategy", "no") == "no":

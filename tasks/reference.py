@@ -5,6 +5,7 @@ that another `beta` or learning rate, here or on a team mate's machine, never co
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def run(
     Without pairs (`pair.mode: none`) both are empty, and no model is loaded.
 
     Raises:
-        UserError: a pair is longer than `template.max_length`.
+        UserError: a pair is longer than `template.max_length`, or a log-probability is no number.
     """
     table = recs.read(pairs)
     if not table.height:
@@ -77,6 +78,11 @@ def run(
         ]
     for index, row in enumerate(rows):
         row["ref_chosen_logps"], row["ref_rejected_logps"] = scores[2 * index], scores[2 * index + 1]
+        for side in ("chosen", "rejected"):
+            if not math.isfinite(row[f"ref_{side}_logps"]):
+                raise UserError(
+                    f"pair {row['id']}: the reference's log-probability of its {side} answer is {row[f'ref_{side}_logps']}; was the training of sft stable, and does fp16 hold its values?"
+                )
     recs.write(pl.DataFrame(rows, schema=SCHEMA, orient="row"), out)
     chosen, rejected = (
         sum(row[f"ref_{side}_logps"] for row in rows) / sum(len(row[f"{side}_ids"]) for row in rows)

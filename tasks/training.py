@@ -21,7 +21,7 @@ from dvclive import Live
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tasks import fast, models, stage
-from tasks.params import ADDED, UserError
+from tasks.params import ADDED, UserError, unpaged
 
 Config = TypeVar("Config")
 CHECKPOINTS = Path(".checkpoints")
@@ -30,6 +30,8 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate
 # of an event, not of the run's result: they differ between two equal runs, or between one and its resumption
 EVENTFUL = ("runtime", "per_second", "total_flos", "num_tokens", "train_loss")
 
+# optimizers of bitsandbytes 0.50.2 with state in 8 bits: for CUDA and CPUs, for MPS it has no kernel
+EIGHT_BITS = ("adamw_bnb_8bit", "adamw_8bit", "ademamix_8bit", "lion_8bit", "rmsprop_bnb_8bit")
 NO_NUMBER = "usual causes: learning_rate too high, fp16 overflow (use bf16), a row without labels"
 
 
@@ -39,25 +41,27 @@ def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -
     Args:
         folder: for checkpoints, see `checkpoint_folder`.
         validated: there are validation rows.
+
+    Raises:
+        UserError: the optimizer can't run on this device.
     """
-    dtype, kind = models.compute_dtype(), models.device().type
+    kind = models.device().type
     out: dict[str, Any] = {
         "optim": "paged_adamw_32bit",
         "logging_steps": 5,
         "save_total_limit": 2,
         "report_to": "none",
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16 and kind == "cuda",
+        **precision(),
     }
     out |= {key: value for key, value in given.items() if key not in ADDED["sft"]}
     if "paged" in out["optim"] and kind != "cuda":
-        print(
-            f"optimizer: {out['optim']} pages to host memory and needs CUDA; on {kind} it is adamw_torch_fused",
-            flush=True,
-        )
-        out["optim"] = "adamw_torch_fused"
+        plain = unpaged(out["optim"])
+        print(f"optimizer: {out['optim']} pages to host memory and needs CUDA; on {kind} it is {plain}", flush=True)
+        out["optim"] = plain
     else:
         print(f"optimizer: {out['optim']}", flush=True)
+    if kind == "mps" and out["optim"] in EIGHT_BITS:
+        raise UserError(f"optim: {out['optim']} does not run on mps: bitsandbytes has no kernel for it; take 32 bits")
     if "early_stopping_patience" in given:
         out.setdefault("metric_for_best_model", "loss")
     if not validated:
@@ -74,6 +78,12 @@ def arguments(given: dict[str, Any], seed: int, folder: Path, validated: bool) -
             "logging_nan_inf_filter": False,  # it would put the mean of the losses before in the place of one that is no number
         }
     )
+
+
+def precision() -> dict[str, bool]:
+    """What a trainer multiplies in, unless it is told otherwise: as `models.compute_dtype`."""
+    dtype = models.compute_dtype()
+    return {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16 and models.device().type == "cuda"}
 
 
 def config(kind: Callable[..., Config], section: str, given: dict[str, Any]) -> Config:
@@ -148,6 +158,7 @@ def train(trainer: Any, folder: Path, given: dict[str, Any]) -> None:
     resume = last_checkpoint(folder)
     if resume:
         print(f"resuming from {resume}", flush=True)
+        trainer.args.eval_on_start = False  # it was done, is in the history, and would use up patience once more
     seal = _seal_of(Path(resume)) if resume else None
     trainer.add_callback(Checkpoints(trainer, seal))
     try:

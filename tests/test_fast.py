@@ -12,7 +12,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     Gemma2Config,
@@ -91,10 +93,10 @@ def tiny(config: Any, tmp_path: Path | None = None, **lora: Any) -> Any:
     return adapted.train()
 
 
-def batch() -> dict[str, Tensor]:
-    width = max(len(ids) for ids, _ in ROWS)
-    rows = [(ids, [-100] * start + ids[start:], [1] * len(ids)) for ids, start in ROWS]
-    padded = [[r[k] + [fill] * (width - len(r[0])) for r in rows] for k, fill in enumerate((0, -100, 0))]
+def batch(rows: list[tuple[list[int], int]] = ROWS) -> dict[str, Tensor]:
+    width = max(len(ids) for ids, _ in rows)
+    every = [(ids, [-100] * start + ids[start:], [1] * len(ids)) for ids, start in rows]
+    padded = [[r[k] + [fill] * (width - len(r[0])) for r in every] for k, fill in enumerate((0, -100, 0))]
     return dict(zip(("input_ids", "labels", "attention_mask"), map(torch.tensor, padded), strict=True))
 
 
@@ -175,13 +177,68 @@ def test_four_bits_are_dequantised_as_bitsandbytes_does(
     assert not covered or places == {space.held.data_ptr()}
 
 
-def test_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention row by row and its weights computed again, head position by position."""
-    monkeypatch.setattr(fast, "KEPT_SCORES", 0)
-    monkeypatch.setattr(fast, "SCORE_CHUNK", 1)
+@pytest.mark.parametrize("config", ["llama", "mistral, window of 5"])
+@pytest.mark.parametrize("scores", [1, 300, 1200], ids=["a query at a time", "a few queries", "rows"])
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+def test_in_pieces(monkeypatch: pytest.MonkeyPatch, config: str, scores: int, kept: int) -> None:
+    """Attention of few rows or, of long ones, of few queries, its weights kept or computed again; head position by position."""
+    monkeypatch.setattr(fast, "KEPT_SCORES", kept)
+    monkeypatch.setattr(fast, "KEPT_BIAS", kept)
+    monkeypatch.setattr(fast, "SCORE_CHUNK", scores)
     monkeypatch.setattr(fast, "HEAD_CHUNK", 1)
     given = batch()
-    same(tiny(CONFIGS["llama"]()), lambda m: fused(m, given), lambda m: plain(m, given))
+    same(tiny(CONFIGS[config]()), lambda m: fused(m, given), lambda m: plain(m, given))
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that anything gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]
+        self.elements = max([self.elements, *(x.numel() for x in tensors)])
+        return out
+
+
+def test_scores_of_a_long_row_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "KEPT_SCORES", 0)
+    monkeypatch.setattr(fast, "SCORE_CHUNK", 8_000)
+    rows = [[1, 2, *range(10, 90)], [1, 2, *range(20, 110)], [7, 8]]  # 4 heads × 92² scores are 33,856
+    layout = fast.lay_out(rows)
+    drawn = (torch.randn(layout.ids.shape[1], heads, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    given = [x.requires_grad_() for x in drawn]
+    with Largest() as largest:
+        out = fast._apply(fast._Attention, *given, layout, 0.5, None)
+        found = torch.autograd.grad(out.square().sum(), given)
+    assert 4_000 < largest.elements <= 8_000
+    monkeypatch.undo()
+    whole = fast._apply(fast._Attention, *given, layout, 0.5, None)
+    torch.testing.assert_close(out, whole)
+    for one, other in zip(found, torch.autograd.grad(whole.square().sum(), given), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # sums over pieces are in float32
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_no_mask_of_all_tokens_by_all_tokens_is_made(monkeypatch: pytest.MonkeyPatch, config: str) -> None:
+    """transformers 5.23 takes positions that restart for packed rows, and builds one, which this attention never reads."""
+
+    def made(**_: Any) -> None:
+        raise AssertionError("a mask was made")
+
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, fast.ATTENTION, made)
+    model, given = tiny(CONFIGS[config]()), batch()
+    fast.install(model)
+    fused(model, given).sum().backward()
+    fast.packed_logps(model, [([5, 6, 7], [8, 9]), ([5, 6], [9])])
+
+
+def test_a_window_behind_a_long_beginning_that_rows_share() -> None:
+    """Beyond the end of the second row, shorter than the first without what they share, no key is within the window."""
+    shared = list(range(5, 25))
+    given = batch([([*shared, *range(40, 48)], 4), ([*shared, *range(60, 75)], 4)])
+    same(tiny(CONFIGS["mistral, window of 5"]()), lambda m: fused(m, given), lambda m: plain(m, given))
 
 
 def test_only_some_layers() -> None:

@@ -359,6 +359,29 @@ def test_merging_layer_by_layer_is_merging_all_at_once(
         assert torch.equal(found.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("lora", [
+    {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}, {"target_modules": r".*(q_proj|lm_head)"}, {},
+], ids=["the head", "the embeddings", "an adapter on the head", "neither"])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*tied:UserWarning", "ignore:Setting `save_embedding_layers`:UserWarning")
+def test_embeddings_and_head_that_were_trained_apart_stay_apart(
+    tiny: Path, tmp_path: Path, lora: dict[str, Any]
+) -> None:
+    """In the base they are one, and with `tie_word_embeddings: true` whoever loads the merged model makes them one again."""
+    model = models.new_adapter(models.load(tiny, None, dtype=torch.float32), LORA | lora, 0)
+    assert model.get_base_model().config.tie_word_embeddings
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
+    models.save_adapter(model, tmp_path / "adapter")
+    models.load_merged(tiny, tmp_path / "adapter", None).save_pretrained(tmp_path / "merged")
+    again = models.load(tmp_path / "merged", None, dtype=torch.float32)
+    assert again.config.tie_word_embeddings is (not lora)
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("computing", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_merged_model_has_the_dtype_of_its_base_on_any_machine(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computing: torch.dtype

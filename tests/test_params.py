@@ -86,6 +86,10 @@ def test_shipped_file_is_valid() -> None:
         ({"lora__bias": "all"}, "lora.bias: expected none"),
         ({"lora__lora_bias": True}, "lora.lora_bias: not settable here"),
         ({"lora__alora_invocation_tokens": [1]}, "lora.alora_invocation_tokens: not settable here"),
+        ({"lora__layer_replication": [[0, 2], [1, 3]]}, "lora.layer_replication: not settable here"),
+        ({"lora__runtime_config": {}}, "lora.runtime_config: not settable here"),
+        ({"sft__logging_strategy": "no"}, "sft.logging_strategy: expected `steps` or `epoch`, found 'no'"),
+        ({"dpo__logging_strategy": "no"}, "dpo.logging_strategy: expected `steps` or `epoch`, found 'no'"),
         (
             {"sft__early_stopping_patience": 2, "sft__eval_strategy": "no"},
             "sft.early_stopping_patience: needs sft.eval_strategy",
@@ -101,6 +105,30 @@ def test_refused_with_the_key(changes: dict, message: str) -> None:
         params.check(with_(**changes))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_variant_of_lora_is_trained_as_one_or_refused() -> None:
+    """peft 0.21.2 knows of each variant where its layers are `nn.Linear`; of most it knows nothing where they are quantised."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from peft import LoraConfig
+    from peft.tuners.lora import bnb
+
+    variants = {f.name for f in dataclasses.fields(LoraConfig) if f.metadata.get("is_lora_variant")}
+    open_ones = variants - params.RESERVED["lora"].keys()
+    assert open_ones == {"use_dora", "velora_config"}
+    for kind, base in ((bnb.Linear4bit, Linear4bit), (bnb.Linear8bitLt, Linear8bitLt)):
+        layer = kind(base(8, 8), "default", LoraConfig(r=2), r=2)
+        assert type(layer.resolve_lora_variant(config=LoraConfig(use_dora=True))).__name__ == "DoraLinearVariant"
+        with pytest.raises(ValueError, match="does not support VeLoRA"):
+            layer.resolve_lora_variant(config=LoraConfig(velora_config={}))
+
+
+def test_what_only_another_start_of_lora_reads_is_refused() -> None:
+    """`init_lora_weights` takes no method with a config of its own."""
+    from peft import LoraConfig
+
+    configs = {f.name for f in dataclasses.fields(LoraConfig) if f.name.endswith("_config")}
+    assert configs - params.RESERVED["lora"].keys() == {"velora_config"}
 
 
 def test_all_faults_at_once() -> None:

@@ -381,10 +381,32 @@ def test_constants_are_those_of_the_stages() -> None:
     assert (merge.BATCH, merge.MOST_TOKENS) == (plan.MERGE_BATCH, plan.MERGE_TOKENS)
 
 
+def test_scores_of_long_rows_are_bounded(facts: dict[str, Any]) -> None:
+    """By what tasks.fast holds at once, of one row as of many: tests/test_fast.py measures that."""
+    heads = facts["attention"]["heads"]
+    short, long = (memory.Batch(n, n, n // rows) for n, rows in ((64, 2), (1 << 15, 1)))
+    assert memory.score_bytes(facts, short) == 2 * heads * 32**2 * memory.FAST_SCORES_BYTES
+    assert memory.score_bytes(facts, long) == memory.FAST_SCORES * memory.FAST_SCORES_BYTES < heads * (1 << 30)
+
+
 def test_what_evaluate_compares_is_what_the_plan_counts() -> None:
     from tasks import evaluate
 
     assert (evaluate.KL_ROWS, evaluate.KL_TOKENS, evaluate.KL_BATCH) == (plan.KL_ROWS, plan.KL_TOKENS, plan.KL_BATCH)
+
+
+def test_what_dpo_compares_is_bounded(facts: dict[str, Any]) -> None:
+    """Over the whole vocabulary so many tokens at once and no more, however long the answers."""
+    section = plan.DEFAULTS | {"eval_strategy": "epoch"}
+    batch = memory.Batch(64, 64, 32)
+    device = Device("cpu", "", 0, 0)
+
+    def tables(kl: int) -> int:
+        need = memory.training(facts, section, LORA, None, device, batch, batch, copies=1, kl=kl)
+        return sum(part.bytes for part in need.parts if part.name.startswith("KL to the reference"))
+
+    assert tables(100) == 20 * 100 * facts["vocabulary"]
+    assert tables(4000) == tables(memory.SCORED) == 20 * memory.SCORED * facts["vocabulary"]
 
 
 def test_optimizers() -> None:

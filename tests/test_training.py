@@ -244,6 +244,43 @@ def test_early_stopping_needs_no_best_model(tmp_path: Path) -> None:
     assert "metric_for_best_model" not in training.arguments({}, 0, tmp_path, True)
 
 
+@pytest.mark.parametrize(
+    ("asked", "used"),
+    [
+        ("paged_adamw_32bit", "adamw_torch_fused"),
+        ("paged_adamw_8bit", "adamw_torch_fused"),
+        ("paged_lion_32bit", "lion_32bit"),
+        ("paged_lion_8bit", "lion_8bit"),
+        ("paged_ademamix_32bit", "ademamix"),
+        ("paged_ademamix_8bit", "ademamix_8bit"),
+        ("rmsprop_bnb_8bit", "rmsprop_bnb_8bit"),
+    ],
+)
+def test_an_optimizer_off_cuda_is_of_the_same_algorithm(
+    asked: str, used: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And takes a step: bitsandbytes 0.50.2 has kernels for the CPU, but none for MPS in 8 bits."""
+    assert used in list(transformers.training_args.OptimizerNames)
+    assert training.arguments({"optim": asked}, 0, tmp_path, False)["optim"] == used
+    layer = torch.nn.Linear(64, 80, bias=False)  # of fewer than 4,096 weights the state is in 32 bits
+    before = layer.weight.detach().clone()
+    given = transformers.TrainingArguments(output_dir=str(tmp_path), optim=used, use_cpu=True, report_to="none")
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(given, layer)
+    optimizer = kind(layer.parameters(), **settings)
+    layer(torch.ones(1, 64)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)
+    states = {t.dtype for t in optimizer.state[layer.weight].values() if isinstance(t, torch.Tensor)}
+    assert (torch.uint8 in states) == ("8bit" in used) == (used in training.EIGHT_BITS)
+    monkeypatch.setattr(models, "device", lambda: torch.device("mps"))
+    with (
+        pytest.raises(UserError, match=r"optim: .*_8bit does not run on mps")
+        if "8bit" in used
+        else contextlib.nullcontext()
+    ):
+        training.arguments({"optim": asked}, 0, tmp_path, False)
+
+
 def test_spikes_and_overfitting_are_named() -> None:
     watch = training.Watch()
     state = type("State", (), {"global_step": 7})()
@@ -315,6 +352,18 @@ def test_reference_scores_are_sums_over_the_answer(tiny: Path, trained: Path, sc
     assert row["chosen_ids"][-1] == model.config.eos_token_id
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_score_that_is_no_number_is_no_reference(
+    tiny: Path, trained: Path, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    monkeypatch.setattr(models, "answer_logprobs", lambda _, asked, *__, **___: [[-1.0]] * (len(asked) - 1) + [[value]])
+    with pytest.raises(
+        UserError, match=f"pair 0{{15}}f: the reference's log-probability of its rejected answer is {value}"
+    ):
+        _score(tiny, trained / "adapter", scored.with_name("pairs.parquet"), tmp_path)
+    assert not (tmp_path / "scored.parquet").exists()
+
+
 def test_dpo_starts_at_log_two_learns_and_repeats(tiny: Path, trained: Path, scored: Path, tmp_path: Path) -> None:
     one = _dpo(tiny, trained / "adapter", scored, tmp_path / "one")
     assert one["loss_first"] == pytest.approx(math.log(2), abs=0.03)
@@ -343,18 +392,24 @@ def test_dpo_starts_from_the_adapter_that_sft_left(tiny: Path, trained: Path, sc
         torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-9)
 
 
-def test_kl_to_reference_is_that_of_each_chosen_token(tiny: Path) -> None:
+@pytest.mark.parametrize("lora", [LORA, LORA | {"modules_to_save": ["lm_head"]}], ids=["layers", "the head too"])
+@pytest.mark.parametrize("scored", [models.SCORED, 2], ids=["at once", "in pieces"])
+@pytest.mark.filterwarnings("ignore:.*tied:UserWarning")
+def test_kl_to_reference_is_that_of_each_chosen_token(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, lora: dict[str, Any], scored: int
+) -> None:
     """By hand from whole logits, and far from what the other direction, the other side, or a mean of rows would be."""
     from datasets import Dataset
 
-    model = models.new_adapter(models.load(tiny, None).float(), LORA, 0)
+    monkeypatch.setattr(models, "SCORED", scored)
+    model = models.new_adapter(models.load(tiny, None).float(), lora, 0)
     model.add_adapter("ref", model.peft_config["default"])
     with torch.no_grad():
         for seed, (name, spread) in enumerate({"default": 0.3, "ref": 0.1}.items()):
             drawn = torch.Generator().manual_seed(seed)
             for key, parameter in model.named_parameters():
-                if f"lora_B.{name}" in key:
-                    parameter.normal_(0, spread, generator=drawn)
+                if f"lora_B.{name}" in key or f"modules_to_save.{name}" in key:
+                    parameter.add_(torch.randn(parameter.shape, generator=drawn), alpha=spread)
     model.set_adapter("default")
     rows = [
         {"prompt_ids": [1, 5, 9], "chosen_ids": [7, 2], "rejected_ids": [8, 8, 2]},
@@ -367,7 +422,10 @@ def test_kl_to_reference_is_that_of_each_chosen_token(tiny: Path) -> None:
         args=SimpleNamespace(per_device_eval_batch_size=2),
         accelerator=SimpleNamespace(autocast=contextlib.nullcontext),
     )
+    most: list[int] = []
+    model.get_base_model().lm_head.register_forward_hook(lambda _, given, __: most.append(len(given[0])))
     found = dpo.CachedReferenceTrainer.kl_to_reference(trainer)
+    assert max(most) == min(scored, 7)  # of the two longest rows
     assert model.active_adapter == "default"
 
     def logps(adapter: str, prompt: list[int], answer: list[int]) -> torch.Tensor:
@@ -388,7 +446,22 @@ def test_kl_to_reference_is_that_of_each_chosen_token(tiny: Path) -> None:
         torch.stack([row.mean() for row in wanted]).mean(),
         torch.cat(wanted).sum(),
     )
-    assert [float(value) for value in wrong if abs(value / found - 1) < 0.1] == []
+    assert [float(value) for value in wrong if abs(value / found - 1) < 0.02] == []
+
+
+@pytest.mark.parametrize("computing", [torch.float32, torch.bfloat16])
+def test_dpo_computes_in_the_precision_of_its_reference(
+    monkeypatch: pytest.MonkeyPatch, computing: torch.dtype
+) -> None:
+    monkeypatch.setattr(models, "compute_dtype", lambda: computing)
+    bf16 = computing == torch.bfloat16
+    dpo.check_precision({"bf16": bf16, "fp16": False})
+    dpo.check_precision({})
+    said = rf"dpo\.bf16: expected {bf16}, found {not bf16}: .* in {computing}".lower().replace("torch.", "")
+    with pytest.raises(UserError, match=said):
+        dpo.check_precision({"bf16": not bf16})
+    with pytest.raises(UserError, match=r"dpo\.fp16: expected false, found true"):
+        dpo.check_precision({"fp16": True})
 
 
 def test_a_validation_leaves_trainable_what_was(
@@ -491,6 +564,7 @@ WORSE = BEST | {"greater_is_better": True}  # the loss falls, so that the first 
         pytest.param("sft", STEPS | {"max_steps": 9}, [None], "checkpoint-8", id="saved before the last validation"),
         pytest.param("sft dpo", BEST, [9], "checkpoint-8", id="the best is to be kept"),
         pytest.param("sft", WORSE, [5], "checkpoint-4", id="patience half used up"),
+        pytest.param("sft", WORSE | {"eval_on_start": True}, [5], "checkpoint-4", id="validated before the first step"),
         pytest.param("sft dpo", WORSE, [None], "checkpoint-6", id="stopped early, nothing written"),
     ],
 )
@@ -606,8 +680,12 @@ def test_collapse_of_chosen_logprobs_stops() -> None:
         short.on_log(args, state, None, {"rewards/chosen": -4.0})
 
 
-@pytest.mark.parametrize(("off", "refused"), [(0.3, False), (3.0, True)])
-def test_the_reference_is_checked_over_all_tokens(monkeypatch: pytest.MonkeyPatch, off: float, refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("off", "refused"), [(0.3, None), (3.0, r"0\.194 nats per token apart"), (math.nan, "nan nats per token apart")]
+)
+def test_the_reference_is_checked_over_all_tokens(
+    monkeypatch: pytest.MonkeyPatch, off: float, refused: str | None
+) -> None:
     """Noise in an answer of two tokens is none of the policy; an offset in all of them is."""
     lengths = [2, 20, 20, 20]
     rows = [{"prompt_ids": [1], "chosen_ids": [2] * n, "ref_chosen_logps": -1.0 * n - off} for n in lengths]
@@ -616,7 +694,7 @@ def test_the_reference_is_checked_over_all_tokens(monkeypatch: pytest.MonkeyPatc
         train_dataset=rows, model=model, accelerator=SimpleNamespace(autocast=contextlib.nullcontext)
     )
     monkeypatch.setattr(models, "answer_logprobs", lambda *_: [[-1.0] * n for n in lengths])
-    with pytest.raises(UserError, match=r"0\.194 nats per token apart") if refused else contextlib.nullcontext():
+    with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
         dpo.check_reference(trainer)
 
 
@@ -716,6 +794,34 @@ def test_merge_fails_above_its_limit(
             template=Template(),
         )
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("found", "kept"), [((math.nan, 0.5), "16bit"), ((0.5, math.nan), "dequantized"), ((math.nan, math.inf), None)]
+)
+def test_what_can_not_be_compared_is_not_kept(
+    tiny: Path, facts: Path, trained: Path, rows: Path, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    found: tuple[float, float], kept: str | None,
+) -> None:  # fmt: skip
+    """NaN is neither less nor more than any limit."""
+    left = list(found)
+    monkeypatch.setattr(merge, "compare", lambda target, _: {"kl": left.pop(0), "top1": 1.0})
+    monkeypatch.setattr(merge, "_distributions", lambda *_: [])
+    paths = (
+        tiny,
+        facts,
+        trained / "adapter",
+        trained / "metrics.json",
+        rows,
+        sources,
+        tmp_path / "model",
+        tmp_path / "metrics.json",
+    )
+    refused = pytest.raises(UserError, match="nan nats per token from the adapter on its base: some of its logits")
+    with contextlib.nullcontext() if kept else refused:
+        merge.run(*paths, Merge(max_kl=1.0), NF4, Template())
+    assert (tmp_path / "model").exists() == bool(kept)
+    assert kept in (None, json.loads((tmp_path / "metrics.json").read_text())["kept"])
 
 
 def test_a_merged_model_ends_where_its_evaluation_does(
