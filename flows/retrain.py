@@ -401,7 +401,7 @@ def _tip(place: Place) -> tuple[str, str | None]:
         ahead = _git(place.main, "rev-list", "--count", f"{published}..{local}")
         raise UserError(
             f"{place.branch} here is ahead of {place.remote} (commits: {ahead}): "
-            "push them and their artifacts (dvc push, git push), or switch push off"
+            "push them with their artifacts and tags (dvc push --run-cache, git push --follow-tags), or switch push off"
         )
     return published, published
 
