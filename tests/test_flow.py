@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import Future
@@ -370,7 +371,7 @@ def test_a_slot_is_waited_for_and_given_back_without_a_server(api: server.Server
 
 def test_a_server_that_goes_away_in_the_moment_of_the_slot_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefect then raises an exception of another kind, which failed the stage."""
-    monkeypatch.setattr(SyncPrefectClient, "read_global_concurrency_limit_by_name", lambda *_: None)
+    monkeypatch.setattr(SyncPrefectClient, "read_global_concurrency_limit_by_name", lambda *_: SimpleNamespace(limit=1))
     stop, lines = threading.Event(), list[str]()
     logger = SimpleNamespace(info=lambda *said: lines.append(said[0] % said[1:]))
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
@@ -378,6 +379,39 @@ def test_a_server_that_goes_away_in_the_moment_of_the_slot_is_waited_for(monkeyp
         with pytest.raises(Stopped), pipeline._slot("gone", stop, logger):
             pass
     assert lines[0].startswith("waiting for Prefect's server: Unable to acquire concurrency slots on ['gone']: ")
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_run_that_lost_its_slot_keeps_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slots: int) -> None:
+    """A server that was away for longer than a lease lasts gives the slot to the next flow."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(pipeline, "concurrency", lambda *_, **__: contextlib.nullcontext())
+    limit = SimpleNamespace(limit=slots)
+    monkeypatch.setattr(SyncPrefectClient, "read_global_concurrency_limit_by_name", lambda *_: limit)
+    stop, lines = threading.Event(), list[str]()
+    logger = SimpleNamespace(info=lambda *said: lines.append(said[0] % said[1:]))
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
+        with contextlib.ExitStack() as held:
+            for _ in range(slots):
+                held.enter_context(pipeline._slot("gpu", stop, logger))
+            with pipeline._slot("another", stop, logger):
+                assert lines == []
+            threading.Timer(0.5, stop.set).start()
+            with pytest.raises(Stopped), pipeline._slot("gpu", stop, logger):
+                pass
+        assert lines == ["waiting for a run on this machine that lost its slot of gpu while the server was away"]
+        with pipeline._slot("gpu", threading.Event(), logger):
+            assert len(lines) == 1
+
+
+def test_a_machine_without_a_place_for_seats_trains_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    lines = list[str]()
+    seat = pipeline._seat("gpu", 1, SimpleNamespace(warning=lambda *said: lines.append(said[0] % said[1:])))
+    assert seat is not None
+    assert lines[0].startswith("only the server's slot of gpu is held, none of this machine: ")
 
 
 def test_the_slot_of_a_killed_flow_and_its_server_is_free_again(done: Path, tmp_path: Path) -> None:
