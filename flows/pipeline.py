@@ -171,7 +171,8 @@ def _plan(root: Path, targets: list[str] | None, logger: Any) -> list[Planned]:
 
 
 def _wait(futures: dict[str, PrefectFuture[Any]], stop: threading.Event) -> dict[str, State[Any]]:
-    """The last state of each. A run that somebody set to *Cancelling* is stopped, though no runner watches over it.
+    """The last state of each. A run that somebody set to *Cancelling*, or whose parent, is stopped, though no runner watches
+    over it.
 
     Until a future is done its state is the server's to say, which may be away for as long as a training goes on.
     """
@@ -189,10 +190,29 @@ def _wait(futures: dict[str, PrefectFuture[Any]], stop: threading.Event) -> dict
                     break
                 if not stop.is_set():
                     with contextlib.suppress(*UNREACHABLE):
-                        seen = client.read_flow_run(context.flow_run.id).state
-                        if seen is not None and (seen.is_cancelling() or seen.is_cancelled()):
+                        if _is_cancelled(client, context.flow_run.id):
                             stop.set()
     return {name: future.state for name, future in futures.items()}
+
+
+def cancelled() -> bool:
+    """Whether somebody cancelled the flow that asks, or one that it is a part of. A server that is away says nothing."""
+    context = FlowRunContext.get()
+    if context is not None and context.flow_run is not None:
+        with contextlib.suppress(*UNREACHABLE), get_client(sync_client=True) as client:
+            return _is_cancelled(client, context.flow_run.id)
+    return False
+
+
+def _is_cancelled(client: SyncPrefectClient, run: UUID) -> bool:
+    """A `retrain` or `sweep` that was started by hand is cancelled on its own page, not on that of its pipeline."""
+    seen = client.read_flow_run(run)
+    if seen.state is not None and (seen.state.is_cancelling() or seen.state.is_cancelled()):
+        return True
+    if seen.parent_task_run_id is None:
+        return False
+    parent = client.read_task_run(seen.parent_task_run_id).flow_run_id
+    return parent is not None and _is_cancelled(client, parent)
 
 
 def _name(client: SyncPrefectClient, run: UUID, name: str) -> None:

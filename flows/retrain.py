@@ -37,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ruamel.yaml import YAML
 
 from flows import gate, stages, worktrees
-from flows.pipeline import UNREACHABLE, finish, pipeline
+from flows.pipeline import UNREACHABLE, cancelled, finish, pipeline
 from flows.stages import StageTransient, Stopped
 from tasks.params import Gate, UserError
 
@@ -208,6 +208,8 @@ def _run(place: Place) -> State[Any]:
         if not verdict.promoted:
             _emit(place, "rejected", tip, verdict)
             return Completed(name="Rejected", message=finished + verdict.sentence, data=verdict)
+        if cancelled():
+            raise Stopped
         commit = _commit(place, made, verdict)
         said = _publish(place, commit, published, shared)
         _emit(place, "promoted", commit, verdict)
@@ -608,14 +610,20 @@ def _publish(place: Place, commit: str, published: str | None, shared: str | Non
 
     Raises:
         MovedOn: the branch is no longer what the commit was made on; the promotion is dropped, nothing has moved.
+        Stopped: somebody cancelled the run before anything was visible; the promotion is dropped.
         UserError: anything else that a later run can finish.
     """
     if shared and place.params.push:
         _network(place, ["dvc", "--wait-for-lock", "push", "--run-cache"])
         _check_pushed(place, commit)
+    tip = published if place.remote else _rev(place.main, f"refs/heads/{place.branch}")
+    merged = tip is not None and _contains(place.main, tip, commit)
+    if not merged and cancelled():
+        _drop(place, commit)
+        raise Stopped
     if place.remote:
         tags = _tag(place, commit)
-        if not published or not _contains(place.main, published, commit):
+        if not merged:
             _push(place, commit, tags, published)
         else:  # somebody merged it: its tags may still be here alone
             refs = [f"refs/tags/{tag}" for tag in tags]
