@@ -1,5 +1,6 @@
 """Retraining on a repository whose model is one number: promoted, rejected, interrupted, overtaken."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,8 +18,9 @@ from typing import ClassVar
 
 import pytest
 from prefect.context import FlowRunContext
+from prefect.states import Completed
 
-from flows import retrain, stages
+from flows import gate, retrain, stages
 from flows.stages import Stopped
 from tasks.params import UserError
 from tests import server, small
@@ -574,6 +576,27 @@ class TestItsGit:
         retrain._git(place.main, "merge", "--quiet", "--ff-only", commit)
         retrain._git(place.main, "tag", "assistant@v0.0.1", commit)
         assert retrain._publish(place, commit, commit, None).startswith("assistant@v0.0.1 is prod")
+
+    def test_a_cancel_after_the_last_stage_commits_nothing(
+        self, place: retrain.Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nor are its artifacts pushed, which may take long."""
+        head = retrain._git(place.main, "rev-parse", "main")
+        verdict = gate.Verdict(True, "better", (), 0.95)
+        gone_through = {
+            "_check_identity": None, "_note_edits": None, "_tip": (head, head), "_finish_interrupted": (head, ""),
+            "_worktree": contextlib.nullcontext(), "_dvc_remote": None, "_limits": None, "_answers": "answers.jsonl",
+            "_take": [], "_network": "", "_champion": None, "_lock": {}, "_made": ["dvc.lock"], "pipeline": Completed(),
+            "create_markdown_artifact": None, "_emit": None, "cancelled": True,
+        }  # fmt: skip
+        for name, value in gone_through.items():
+            monkeypatch.setattr(retrain, name, lambda *_, value=value, **__: value)
+        monkeypatch.setattr(stages, "plan", lambda *_: [])
+        monkeypatch.setattr(gate, "read", lambda _: [])
+        monkeypatch.setattr(gate, "decide", lambda *_: verdict)
+        monkeypatch.setattr(retrain, "_commit", lambda *_: pytest.fail("committed"))
+        with pytest.raises(Stopped):
+            retrain._run(place)
 
     def test_a_stale_tag_gives_way_to_the_remotes(self, place: retrain.Place) -> None:
         """git fetches none then, and says nothing of it."""
