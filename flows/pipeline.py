@@ -9,8 +9,12 @@ Prefect caches nothing.
 
 import argparse
 import contextlib
+import fcntl
+import hashlib
+import os
 import re
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +39,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException
 from prefect.futures import PrefectConcurrentFuture, PrefectFuture
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.asyncutils import run_coro_as_sync
@@ -166,7 +171,8 @@ def _plan(root: Path, targets: list[str] | None, logger: Any) -> list[Planned]:
 
 
 def _wait(futures: dict[str, PrefectFuture[Any]], stop: threading.Event) -> dict[str, State[Any]]:
-    """The last state of each. A run that somebody set to *Cancelling* is stopped, though no runner watches over it.
+    """The last state of each. A run that somebody set to *Cancelling*, or whose parent, is stopped, though no runner watches
+    over it.
 
     Until a future is done its state is the server's to say, which may be away for as long as a training goes on.
     """
@@ -184,10 +190,29 @@ def _wait(futures: dict[str, PrefectFuture[Any]], stop: threading.Event) -> dict
                     break
                 if not stop.is_set():
                     with contextlib.suppress(*UNREACHABLE):
-                        seen = client.read_flow_run(context.flow_run.id).state
-                        if seen is not None and (seen.is_cancelling() or seen.is_cancelled()):
+                        if _is_cancelled(client, context.flow_run.id):
                             stop.set()
     return {name: future.state for name, future in futures.items()}
+
+
+def cancelled() -> bool:
+    """Whether somebody cancelled the flow that asks, or one that it is a part of. A server that is away says nothing."""
+    context = FlowRunContext.get()
+    if context is not None and context.flow_run is not None:
+        with contextlib.suppress(*UNREACHABLE), get_client(sync_client=True) as client:
+            return _is_cancelled(client, context.flow_run.id)
+    return False
+
+
+def _is_cancelled(client: SyncPrefectClient, run: UUID) -> bool:
+    """A `retrain` or `sweep` that was started by hand is cancelled on its own page, not on that of its pipeline."""
+    seen = client.read_flow_run(run)
+    if seen.state is not None and (seen.state.is_cancelling() or seen.state.is_cancelled()):
+        return True
+    if seen.parent_task_run_id is None:
+        return False
+    parent = client.read_task_run(seen.parent_task_run_id).flow_run_id
+    return parent is not None and _is_cancelled(client, parent)
 
 
 def _name(client: SyncPrefectClient, run: UUID, name: str) -> None:
@@ -207,7 +232,8 @@ def _name(client: SyncPrefectClient, run: UUID, name: str) -> None:
 
 @contextlib.contextmanager
 def _slot(name: str, stop: threading.Event, logger: Any) -> Iterator[None]:
-    """One of the slots of the global concurrency limit `name`, which is made with one slot where it is missing.
+    """One of the slots of the global concurrency limit `name`, which is made with one slot where it is missing, and with it
+    a seat on this machine, which outlasts a server that is away.
 
     Raises:
         Stopped: `stop` was set while waiting.
@@ -231,8 +257,9 @@ def _slot(name: str, stop: threading.Event, logger: Any) -> Iterator[None]:
         try:
             with get_client(sync_client=True) as client:
                 try:
-                    client.read_global_concurrency_limit_by_name(name)
+                    seats = client.read_global_concurrency_limit_by_name(name).limit
                 except ObjectNotFound:
+                    seats = 1
                     with contextlib.suppress(ObjectAlreadyExists):
                         client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
                 slot.__enter__()
@@ -244,13 +271,46 @@ def _slot(name: str, stop: threading.Event, logger: Any) -> Iterator[None]:
             why = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
             wait(f"waiting for Prefect's server: {' '.join(why.split())[:200]}")
             stop.wait(5)
+    seat: int | None = None
     try:
+        while (seat := _seat(name, seats, logger)) is None:
+            wait(f"waiting for a run on this machine that lost its slot of {name} while the server was away")
+            stop.wait(1)
         yield
     finally:
+        if seat is not None:
+            os.close(seat)
         try:
             slot.__exit__(None, None, None)
         except UNREACHABLE as error:  # what the stage made is there all the same; the slot is free when its lease ends
             logger.warning("the slot of %s could not be given back: %s", name, " ".join(str(error).split())[:200])
+
+
+def _seat(name: str, seats: int, logger: Any) -> int | None:
+    """An open folder whose lock is one of this machine's `seats` beside the server's slots; None: all are taken.
+
+    A slot is lost for good when the server was away for longer than `LEASE` (prefect 3.8.8 tries three times to renew it), and
+    the next flow would get it while the training goes on. The kernel frees a seat with its process, however that ends.
+    """
+    server = PREFECT_API_URL.value() or PREFECT_HOME.value()
+    key = hashlib.sha256(f"{server} {name}".encode()).hexdigest()[:16]
+    try:
+        for number in range(seats):
+            # a folder: systemd takes files out of /tmp that were not written for days, but no folder that is locked
+            path = Path(tempfile.gettempdir()) / f"reforge-{key}-{number}"
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                path.chmod(0o755)  # other users of the server lock the same one
+            seat = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(seat, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return seat
+            except BlockingIOError:
+                os.close(seat)
+    except OSError as error:  # no training ends for this
+        logger.warning("only the server's slot of %s is held, none of this machine: %s", name, error)
+        return os.open(os.devnull, os.O_RDONLY)
+    return None
 
 
 def _free_expired() -> None:

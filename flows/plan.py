@@ -313,27 +313,48 @@ def _when(each: Planned, state: State, event: Mapping[str, Any] | None) -> str:
 def this_device() -> Device:
     """What torch would take, found without it: a GPU that its build and the driver know, else this machine's memory."""
     cuda, why = _torch_cuda(), ""
-    if cuda and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and shutil.which("nvidia-smi"):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if cuda and visible not in ("", "-1") and shutil.which("nvidia-smi"):
         asked = [
             "nvidia-smi",
-            "--query-gpu=name,memory.total,memory.free,driver_version",
+            "--query-gpu=name,memory.total,memory.free,driver_version,uuid",
             "--format=csv,noheader,nounits",
         ]
         done = subprocess.run(asked, capture_output=True, text=True)  # noqa: S603
         rows = [[cell.strip() for cell in row] for row in csv.reader(done.stdout.splitlines())]
-        if done.returncode == 0 and rows and len(rows[0]) == 4:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-            row = rows[int(visible)] if visible.isdigit() and int(visible) < len(rows) else rows[0]
-            driver = row[3].partition(".")[0]
-            if not driver.isdigit() or int(driver) >= DRIVERS.get(cuda.partition(".")[0], 0):
-                return Device("cuda", row[0], int(row[1]) * memory.MIB, int(row[2]) * memory.MIB, ram=_ram()[1])
-            why = f"; the driver {row[3]} of {row[0]} is too old for torch's CUDA {cuda}"
-    total, free = _ram()
+        if done.returncode == 0 and rows and len(rows[0]) == 5:
+            row, note = _card(rows, visible, os.environ.get("CUDA_DEVICE_ORDER"))
+            driver = row[3].partition(".")[0] if row else ""
+            if row and (not driver.isdigit() or int(driver) >= DRIVERS.get(cuda.partition(".")[0], 0)):
+                return Device("cuda", row[0] + note, int(row[1]) * memory.MIB, int(row[2]) * memory.MIB, ram=_ram()[1])
+            why = f"; the driver {row[3]} of {row[0]} is too old for torch's CUDA {cuda}" if row else note
     if sys.platform == "darwin":
-        return Device("mps", "Apple GPU, unified memory", total, free)
+        return Device("mps", "Apple GPU, unified memory", *_ram())
+    return _cpu(why)
+
+
+def _card(rows: Sequence[list[str]], visible: str | None, order: str | None) -> tuple[list[str] | None, str]:
+    """The line of nvidia-smi that CUDA's first device is (None: CUDA sees none), and what there is to say of it.
+
+    nvidia-smi counts along the PCI bus. CUDA does so only if told to: else the fastest card is its first.
+    """
+    first = (visible or "0").partition(",")[0].strip()
+    if first.startswith("MIG"):
+        return rows[0], f", as if it were whole: nvidia-smi does not list {first}, give its memory with --memory"
+    if not first.isdigit():  # CUDA takes a UUID's beginning too
+        found = next((row for row in rows if first and row[4].startswith(first)), None)
+        return found, "" if found else f"; CUDA_VISIBLE_DEVICES={visible} names no GPU here"
+    if int(first) >= len(rows):
+        return None, f"; CUDA_VISIBLE_DEVICES={visible} names no GPU here"
+    mixed = len({row[0] for row in rows}) > 1 and order != "PCI_BUS_ID"
+    note = f", card {first} of nvidia-smi: CUDA may mean another one without CUDA_DEVICE_ORDER=PCI_BUS_ID"
+    return rows[int(first)], note if mixed else ""
+
+
+def _cpu(why: str = "") -> Device:
     flags = Path("/proc/cpuinfo")
     bf16 = flags.is_file() and "avx512_bf16" in flags.read_text()
-    return Device("cpu", f"CPU, {os.cpu_count()} cores{why}", total, free, bf16)
+    return Device("cpu", f"CPU, {os.cpu_count()} cores{why}", *_ram(), bf16)
 
 
 def _torch_cuda() -> str | None:
@@ -795,8 +816,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--memory: expected GiB above 0, found {given.memory:g}")
     try:
         device = this_device()
-        if given.device and given.device != device.kind:
-            device = Device(given.device, f"a {given.device} device", device.total, device.free)
+        if given.device == "cpu":
+            device = _cpu()
+        elif given.device == "cuda" and device.kind != "cuda":
+            if given.memory is None:
+                parser.error("--device cuda: there is no such GPU here: say how much memory it has, --memory GIB")
+            device = Device("cuda", "a cuda device", 0, 0)
         if given.memory:
             bytes_ = int(given.memory * GIB)
             device = Device(device.kind, device.name, bytes_, bytes_, device.bf16, device.ram)

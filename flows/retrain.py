@@ -37,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ruamel.yaml import YAML
 
 from flows import gate, stages, worktrees
-from flows.pipeline import UNREACHABLE, finish, pipeline
+from flows.pipeline import UNREACHABLE, cancelled, finish, pipeline
 from flows.stages import StageTransient, Stopped
 from tasks.params import Gate, UserError
 
@@ -208,6 +208,8 @@ def _run(place: Place) -> State[Any]:
         if not verdict.promoted:
             _emit(place, "rejected", tip, verdict)
             return Completed(name="Rejected", message=finished + verdict.sentence, data=verdict)
+        if cancelled():
+            raise Stopped
         commit = _commit(place, made, verdict)
         said = _publish(place, commit, published, shared)
         _emit(place, "promoted", commit, verdict)
@@ -390,7 +392,7 @@ def _tip(place: Place) -> tuple[str, str | None]:
         if published:
             fetched = (
                 f"+refs/heads/{place.branch}:refs/remotes/{place.remote}/{place.branch}",
-                f"refs/tags/{ARTIFACT}*:refs/tags/{ARTIFACT}*",
+                f"+refs/tags/{ARTIFACT}*:refs/tags/{ARTIFACT}*",
             )
             _network(place, [*GIT, "fetch", "--quiet", "--no-tags", place.remote, *fetched])
     if published is None:
@@ -401,7 +403,7 @@ def _tip(place: Place) -> tuple[str, str | None]:
         ahead = _git(place.main, "rev-list", "--count", f"{published}..{local}")
         raise UserError(
             f"{place.branch} here is ahead of {place.remote} (commits: {ahead}): "
-            "push them and their artifacts (dvc push, git push), or switch push off"
+            "push them with their artifacts and tags (dvc push --run-cache, git push --follow-tags), or switch push off"
         )
     return published, published
 
@@ -419,11 +421,20 @@ def _listed(place: Place) -> dict[str, str]:
 
 
 def _forget_tags(place: Place, theirs: dict[str, str]) -> None:
-    """Tags of an interrupted promotion that the remote lacks, or has with another commit: they are made anew."""
+    """Tags of an interrupted promotion that the remote lacks, or has with another commit: they are made anew.
+
+    Others that the remote has with another commit will be the remote's, and that is said: its versions are those of all.
+    """
     pending = _rev(place.main, place.pending)
     for tag in _tags(place.main, pending) if pending else []:
         if theirs.get(f"refs/tags/{tag}") != pending:
             _git(place.main, "tag", "--delete", tag)
+    for ref, commit in theirs.items():  # without force git fetches none of them, and with --quiet does not say why
+        here = _rev(place.main, ref) if ref.startswith("refs/tags/") else None
+        if here not in (None, commit):
+            place.log(
+                f"the tag {ref.removeprefix('refs/tags/')} here was of {here[:10]}, {place.remote} has {commit[:10]}: taken over"
+            )
 
 
 def _finish_interrupted(place: Place, tip: str, published: str | None) -> tuple[str, str]:
@@ -608,23 +619,29 @@ def _publish(place: Place, commit: str, published: str | None, shared: str | Non
 
     Raises:
         MovedOn: the branch is no longer what the commit was made on; the promotion is dropped, nothing has moved.
+        Stopped: somebody cancelled the run before anything was visible; the promotion is dropped.
         UserError: anything else that a later run can finish.
     """
     if shared and place.params.push:
         _network(place, ["dvc", "--wait-for-lock", "push", "--run-cache"])
         _check_pushed(place, commit)
+    tip = published if place.remote else _rev(place.main, f"refs/heads/{place.branch}")
+    merged = tip is not None and _contains(place.main, tip, commit)
+    if not merged and cancelled():
+        _drop(place, commit)
+        raise Stopped
     if place.remote:
         tags = _tag(place, commit)
-        if not published or not _contains(place.main, published, commit):
+        if not merged:
             _push(place, commit, tags, published)
         else:  # somebody merged it: its tags may still be here alone
             refs = [f"refs/tags/{tag}" for tag in tags]
             _network(place, [*GIT, "push", "--quiet", "--no-verify", "--atomic", place.remote, *refs])
-        kept = _move(place, commit)
+        kept = _follow(place, commit)
         if kept:
             place.log(f"pushed, but {place.branch} stays behind here: {kept}")
     else:
-        kept = _move(place, commit)
+        kept = _follow(place, commit)
         if kept:
             raise UserError(f"{kept}; the promotion {commit[:10]} is kept, and the next run finishes it")
         tags = _tag(place, commit)
@@ -708,6 +725,16 @@ def _drop(place: Place, commit: str) -> None:
     _git(place.main, "update-ref", "-d", place.pending)
 
 
+def _follow(place: Place, commit: str) -> str | None:
+    """`_move`, where git and DVC may refuse: what is pushed is promoted, whatever stands in the way of a checkout here."""
+    try:
+        return _move(place, commit)
+    except MovedOn:
+        raise
+    except UserError as error:
+        return place.redact(str(error)).rstrip(".")
+
+
 def _move(place: Place, commit: str) -> str | None:
     """Fast-forward the local branch, and the checkout that it may have; None, or why it stays where it is.
 
@@ -748,6 +775,7 @@ def _fast_forward(place: Place, checkout: Path, local: str, commit: str) -> str 
     index = Path(_git(checkout, "rev-parse", "--path-format=absolute", "--git-path", "index"))
     kept = index.read_bytes()
     changed = _git(checkout, "diff", "--name-only", "-z", "--no-renames", "--diff-filter=AM", local, commit).split("\0")
+    same = []  # as `git update-index --index-info` takes it, which enters all or nothing
     for path in changed:
         if (
             path
@@ -755,13 +783,18 @@ def _fast_forward(place: Place, checkout: Path, local: str, commit: str) -> str 
             and _git(checkout, "hash-object", "--", path) == _blob(checkout, commit, path)
         ):
             mode, _, blob = _git(checkout, "ls-tree", commit, "--", path).split("\t")[0].split()
-            _git(checkout, "update-index", "--add", "--cacheinfo", f"{mode},{blob},{path}")
+            same.append(f"{mode} {blob}\t{path}\0")
+    if same:
+        _git(checkout, "update-index", "-z", "--index-info", given="".join(same))
     try:
         _git(checkout, "merge", "--quiet", "--ff-only", commit)
-    except UserError:
+    except UserError as error:
         if _rev(place.main, ref) != local:
             raise
-        index.write_bytes(kept)
+        if same:
+            index.write_bytes(kept)
+        if "index.lock" in str(error):
+            raise
         lines = _git(checkout, "diff", "--name-only", "HEAD").splitlines()
         both = [path for path in lines if path in changed] or ["files that git does not track"]
         return f"{place.branch} is checked out with changes of {', '.join(both[:3])}: commit, stash or remove them"
@@ -835,14 +868,15 @@ def _git(cwd: Path, *arguments: str, check: bool = True, given: str | None = Non
     """Output of a git command that stays on this machine.
 
     Raises:
-        UserError: it failed; the message holds its last line.
+        UserError: it failed; the message holds the line that says why: behind it git often advises.
     """
     done = subprocess.run(  # noqa: S603  (git, with arguments of this module)
         [*GIT, *arguments], cwd=cwd, input=given or "", capture_output=True, text=True, encoding="utf-8"
     )
     if done.returncode and check:
         words = done.stderr.strip().splitlines()
-        raise UserError(f"git {arguments[0]}: {words[-1] if words else 'failed without a word'}")
+        why = next((line for line in words if line.startswith(("fatal: ", "error: "))), words[-1] if words else "")
+        raise UserError(f"git {arguments[0]}: {why or 'failed without a word'}")
     return done.stdout.rstrip("\n") if done.returncode == 0 else ""
 
 

@@ -297,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"share: note: your umask {mask} closes to the others what you push there: put `umask 002` into ~/.profile,"
         )
         print("share:       and into services and cron jobs (UMask=0002)")
-    print("after a run:          git add -A && git commit && dvc push --run-cache && git push")
+    print("after a run:          git add -A && git commit && dvc push --run-cache && git push --follow-tags")
     print("to get the others':   git pull && dvc pull --run-cache")
     return 0
 

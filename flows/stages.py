@@ -232,7 +232,8 @@ def execute(
     `dvc` that works on the same stage.
 
     Args:
-        timeout: seconds of work, waiting not counted.
+        timeout: seconds of the stage's command, or of what DVC does without running it. Waiting for DVC's lock once the
+            command has ended, and recording what it made, are not counted.
         pull: fetch what is missing from the remote instead of computing it.
         stop: when set, everything is ended.
 
@@ -294,7 +295,7 @@ def dvc_command(
     """One `dvc` command under the guard, tried again as long as another process holds what it needs.
 
     Raises:
-        StageTimedOut: after `timeout` seconds of one try.
+        StageTimedOut: after `timeout` seconds of one try; see `guarded`.
         Stopped: `stop` was set.
     """
     said = False
@@ -321,6 +322,8 @@ def guarded(
     """A command whose whole process group ends with its timeout, with `stop`, or with this process, however it dies.
 
     Args:
+        timeout: seconds; of a stage that `dvc` runs, from the moment in which its command begins, and only until it has ended:
+            DVC may have to wait for its lock then, and what was made must not be lost by that.
         kept: lines of its output, the last ones; None: all.
     """
     environment = os.environ | {
@@ -340,7 +343,15 @@ def guarded(
     assert process.stdin is not None
     assert process.stdout is not None
     deadline = time.monotonic() + timeout if timeout else None
-    lines = Lines(log, kept)
+    began = False
+
+    def see(line: str) -> None:
+        nonlocal began, deadline
+        if timeout and not began and line.startswith("Running stage '"):
+            began, deadline = True, time.monotonic() + timeout
+        log(line)
+
+    lines = Lines(see, kept)
     why: Exception | None = None
     try:
         while True:
@@ -355,7 +366,8 @@ def guarded(
             if why is None and stop is not None and stop.is_set():
                 why = Stopped()
                 process.stdin.close()
-            if why is None and deadline is not None and time.monotonic() > deadline:
+            late = why is None and deadline is not None and time.monotonic() > deadline
+            if late and not (began and _command_ended(process.pid)):
                 why = StageTimedOut(f"not done after {timeout:g} s; it and all that it started were ended")
                 process.stdin.close()
         process.wait()
@@ -365,6 +377,15 @@ def guarded(
     if why is not None:
         raise why
     return Done(process.returncode, "\n".join(lines.kept))
+
+
+def _command_ended(guarding: int) -> bool:
+    """Whether the `dvc` under this guard has no process of a stage, so that it waits for its lock or records what was made."""
+    try:
+        dvc = min(psutil.Process(guarding).children(), key=psutil.Process.create_time)
+        return not dvc.children()
+    except (psutil.Error, ValueError):  # it has just ended itself
+        return True
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -8,6 +8,7 @@ write its values into params.yaml and `dvc repro` restores it. An interrupted po
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -19,12 +20,12 @@ from typing import Any, Literal
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ruamel.yaml import YAML
 
 from flows import stages, worktrees
-from flows.pipeline import finish, pipeline
+from flows.pipeline import UNREACHABLE, cancelled, finish, pipeline
 from tasks import params
 from tasks.params import UserError
 
@@ -75,7 +76,8 @@ class SweepParameters(BaseModel):
 def sweep(parameters: SweepParameters = SweepParameters()) -> Any:  # noqa: B008  (a frozen default that the UI shows)
     """Run the pipeline for every combination of values and compare the results.
 
-    Every point is checked against params.yaml before the first one runs. A point that fails does not stop the others.
+    Every point is checked against params.yaml before the first one runs. A point that fails, or is cancelled, does not stop the
+    others; the latter has no row.
     """
     logger = get_run_logger()
     repo = Path.cwd()
@@ -88,15 +90,22 @@ def sweep(parameters: SweepParameters = SweepParameters()) -> Any:  # noqa: B008
     rows, failed = [], []
     with stages.turn(repo, logger.info, name="sweep"):  # points have folders of their own, which two sweeps may share
         for number, point in enumerate(points, 1):
+            if cancelled():
+                break
             label = ", ".join(f"{key}={value}" for key, value in point.items())
             logger.info("point %d of %d: %s", number, len(points), label)
             try:
                 with worktrees.worktree(repo, _folder(repo, point), point) as folder:
                     run = pipeline.with_options(flow_run_name=label)
                     state: Any = run(repo=folder, targets=parameters.targets, pull=parameters.pull, return_state=True)
+                    if state.is_cancelled():
+                        raise stages.Stopped
                     if not state.is_completed():
                         raise UserError(str(state.message))
                     row: dict[str, Any] = dict(point) | figures(folder, parameters.metrics)
+            except stages.Stopped:  # out of the worktree, which stays for the next time
+                logger.info("%s: cancelled", label)
+                continue
             except UserError as error:
                 logger.error("%s: %s", label, error)
                 failed.append(label)
@@ -106,9 +115,14 @@ def sweep(parameters: SweepParameters = SweepParameters()) -> Any:  # noqa: B008
     first = next((name for name in columns if any(row.get(name) is not None for row in rows)), columns[0])
     sign = -1 if parameters.best == "highest" else 1
     rows.sort(key=lambda row: sign * row[first] if isinstance(row.get(first), (int, float)) else math.inf)
-    create_table_artifact(rows, key="sweep", description=f"{len(points)} points, {parameters.best} {first} first")
+    with contextlib.suppress(*UNREACHABLE):  # the points are there all the same
+        create_table_artifact(rows, key="sweep", description=f"{len(rows)} points, {parameters.best} {first} first")
+    faults = f"{len(failed)} of {len(points)} points failed: {'; '.join(failed)}" if failed else ""
+    if len(rows) < len(points):
+        said = f"cancelled after {len(rows)} of {len(points)} points; what was begun goes on next time"
+        return Cancelled(message=f"{said}; {faults}" if faults else said)
     if failed:
-        return Failed(message=f"{len(failed)} of {len(points)} points failed: {'; '.join(failed)}")
+        return Failed(message=faults)
     return Completed(message=f"{len(points)} points, {parameters.best} {first} first", data=rows)
 
 

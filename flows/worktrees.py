@@ -68,13 +68,19 @@ def worktree(repo: Path, folder: Path, values: Mapping[str, Any]) -> Iterator[Pa
     """
     head = command(["git", "rev-parse", "HEAD"], repo)
     command(["git", "worktree", "prune"], repo)
-    if not (folder / ".git").exists():
+    found = _head(repo, folder)
+    kept = folder.with_name(f"{folder.name}.checkpoints")
+    if found is None:
+        if (folder / ".checkpoints").is_dir() and not kept.exists():
+            (folder / ".checkpoints").rename(kept)
         shutil.rmtree(folder, ignore_errors=True)
         command([*GIT, "worktree", "add", "--detach", str(folder), head], repo)
-    elif command(["git", "rev-parse", "HEAD"], folder) != head:
+    elif found != head:
         command([*GIT, "checkout", "--force", "--detach", head], folder)
         for event in folder.glob("data/*/event*.json"):  # of runs that dvc.lock no longer speaks of
             event.unlink()
+    if kept.is_dir() and not (folder / ".checkpoints").exists():
+        kept.rename(folder / ".checkpoints")
     cache = command([sys.executable, "-m", "dvc", "cache", "dir"], repo)
     write_config(local_config(repo, folder), folder)
     command([sys.executable, "-m", "dvc", "cache", "dir", "--local", cache], folder)
@@ -87,6 +93,22 @@ def worktree(repo: Path, folder: Path, values: Mapping[str, Any]) -> Iterator[Pa
     yaml.dump(raw, folder / "params.yaml")
     yield folder
     command(["git", "worktree", "remove", "--force", str(folder)], repo)
+
+
+def _head(repo: Path, folder: Path) -> str | None:
+    """The commit of a worktree of `repo` at `folder`; None if there is none, or it is one of another place.
+
+    Of a repository that was moved or copied, worktrees still name the old place: git knows none of them there any more, or
+    works in those of the original.
+    """
+    words = ["git", "rev-parse", "--path-format=absolute", "--git-common-dir"]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        common, head = command([*words, "HEAD"], folder).splitlines()
+    except (UserError, ValueError):
+        return None
+    return head if os.path.samefile(common, command(words, repo)) else None
 
 
 def local_config(repo: Path, tree: Path) -> Any:
@@ -119,7 +141,7 @@ def config(path: Path) -> Any:
 
 def edited(repo: Path, more: Sequence[str] = ("data/raw",)) -> str:
     """What differs from HEAD of the files that a run reads, by name; a worktree of HEAD does not have it."""
-    paths = ["params.yaml", "dvc.yaml", "tasks", *more]
+    paths = ["params.yaml", "dvc.yaml", "tasks", "data/model", "data/harness", *more]
     lines = command(["git", "-c", "core.quotePath=false", "status", "--porcelain", "--", *paths], repo).splitlines()
     names = [line.strip().partition(" ")[2].strip() for line in lines]
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

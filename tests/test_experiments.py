@@ -1,5 +1,6 @@
 """Experiments: definitions that are checked, points that reuse what is there and survive a kill, and honest verdicts."""
 
+import contextlib
 import csv
 import json
 import re
@@ -294,6 +295,37 @@ def test_hooks_of_dvc_install_and_edits_that_points_do_not_have(tmp_path: Path) 
     (repo / "data/raw/법.txt").touch()
     assert worktrees.edited(repo) == "params.yaml, data/raw/"
     assert worktrees.edited(repo, []) == "params.yaml"
+
+
+@pytest.mark.parametrize("how", ["mv", "cp -a"])
+def test_a_point_goes_on_in_a_repository_that_was_moved_or_copied(tmp_path: Path, how: str) -> None:
+    """Its worktree names the old place: git finds none there, or works in that of the original."""
+    old, new = small.ran(tmp_path / "old"), tmp_path / "new"
+    place = ".dvc/tmp/points/a"
+    with contextlib.suppress(UserError), worktrees.worktree(old, old / place, {"slow": 2}) as folder:
+        (folder / ".checkpoints").mkdir()
+        (folder / ".checkpoints/step").write_text("7")
+        raise UserError("a stage failed")
+    run(f"{how} old new", tmp_path)
+    with worktrees.worktree(new, new / place, {"slow": 2}) as folder:
+        assert (folder / "params.yaml").read_text() == "slow: 2\n"
+        assert (folder / ".checkpoints/step").read_text() == "7"
+        common = run("git rev-parse --path-format=absolute --git-common-dir", folder).stdout.strip()
+        assert common == str(new / ".git")
+    assert not (new / place).exists()
+    if how == "cp -a":
+        assert run("git rev-parse HEAD", old / place).stdout == run("git rev-parse HEAD", old).stdout
+
+
+def test_edits_to_all_that_a_point_reads_are_named(tmp_path: Path) -> None:
+    run("git init -q && git -c user.name=t -c user.email=t@example.org commit -q --allow-empty -m one", tmp_path)
+    for path in ("data/model/own/config.json", "data/harness/own.yaml", "data/raw/a.txt"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+        run(f"git add -N {path}", tmp_path)
+    read = {"data/harness/own.yaml", "data/model/own/config.json"}
+    assert set(worktrees.edited(tmp_path).split(", ")) == read | {"data/raw/a.txt"}
+    assert set(worktrees.edited(tmp_path, []).split(", ")) == read
 
 
 def test_a_relative_remote_is_the_same_place_from_a_worktree(tmp_path: Path) -> None:

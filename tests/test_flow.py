@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import Future
@@ -15,15 +16,16 @@ from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectConcurrentFuture
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-from prefect.states import Completed
+from prefect.states import Cancelled, Cancelling, Completed, Failed, Running
 
-from flows import pipeline, sweep
+from flows import pipeline, sweep, worktrees
 from flows.stages import Stopped
 from tests import server, small
 from tests.conftest import ORDER, ROOT, edit, fork, ran, run
@@ -370,7 +372,7 @@ def test_a_slot_is_waited_for_and_given_back_without_a_server(api: server.Server
 
 def test_a_server_that_goes_away_in_the_moment_of_the_slot_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefect then raises an exception of another kind, which failed the stage."""
-    monkeypatch.setattr(SyncPrefectClient, "read_global_concurrency_limit_by_name", lambda *_: None)
+    monkeypatch.setattr(SyncPrefectClient, "read_global_concurrency_limit_by_name", lambda *_: SimpleNamespace(limit=1))
     stop, lines = threading.Event(), list[str]()
     logger = SimpleNamespace(info=lambda *said: lines.append(said[0] % said[1:]))
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
@@ -378,6 +380,58 @@ def test_a_server_that_goes_away_in_the_moment_of_the_slot_is_waited_for(monkeyp
         with pytest.raises(Stopped), pipeline._slot("gone", stop, logger):
             pass
     assert lines[0].startswith("waiting for Prefect's server: Unable to acquire concurrency slots on ['gone']: ")
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_run_that_lost_its_slot_keeps_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slots: int) -> None:
+    """A server that was away for longer than a lease lasts gives the slot to the next flow."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(pipeline, "concurrency", lambda *_, **__: contextlib.nullcontext())
+    limit = SimpleNamespace(limit=slots)
+    monkeypatch.setattr(SyncPrefectClient, "read_global_concurrency_limit_by_name", lambda *_: limit)
+    stop, lines = threading.Event(), list[str]()
+    logger = SimpleNamespace(info=lambda *said: lines.append(said[0] % said[1:]))
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
+        with contextlib.ExitStack() as held:
+            for _ in range(slots):
+                held.enter_context(pipeline._slot("gpu", stop, logger))
+            with pipeline._slot("another", stop, logger):
+                assert lines == []
+            threading.Timer(0.5, stop.set).start()
+            with pytest.raises(Stopped), pipeline._slot("gpu", stop, logger):
+                pass
+        assert lines == ["waiting for a run on this machine that lost its slot of gpu while the server was away"]
+        with pipeline._slot("gpu", threading.Event(), logger):
+            assert len(lines) == 1
+
+
+def test_a_machine_without_a_place_for_seats_trains_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    lines = list[str]()
+    seat = pipeline._seat("gpu", 1, SimpleNamespace(warning=lambda *said: lines.append(said[0] % said[1:])))
+    assert seat is not None
+    assert lines[0].startswith("only the server's slot of gpu is held, none of this machine: ")
+
+
+def test_a_run_is_cancelled_with_the_one_that_it_is_a_part_of() -> None:
+    outer, inner = uuid4(), uuid4()
+    states = {outer: Running(), inner: Running()}
+
+    def read_flow_run(run: Any) -> Any:
+        return SimpleNamespace(state=states[run], parent_task_run_id=uuid4() if run == inner else None)
+
+    client: Any = SimpleNamespace(
+        read_flow_run=read_flow_run, read_task_run=lambda _: SimpleNamespace(flow_run_id=outer)
+    )
+    assert not pipeline._is_cancelled(client, inner)
+    states[outer] = Cancelling()
+    assert pipeline._is_cancelled(client, inner)
+    states.update({outer: Running(), inner: Cancelled()})
+    assert pipeline._is_cancelled(client, inner)
+    assert not pipeline._is_cancelled(client, outer)
+    assert not pipeline.cancelled()  # outside of a flow
 
 
 def test_the_slot_of_a_killed_flow_and_its_server_is_free_again(done: Path, tmp_path: Path) -> None:
@@ -447,3 +501,87 @@ def test_a_sweep_puts_the_best_point_first(
 def test_two_figures_of_one_key_have_columns_of_their_own() -> None:
     assert sweep._columns(["a.json:x", "b.json:y"]) == ["x", "y"]
     assert sweep._columns(["a.json:x", "b.json:x", "b.json:y"]) == ["a.json:x", "b.json:x", "y"]
+
+
+class TestPointsOfASweep:
+    """Without a server: what becomes of the sweep when a point, or the sweep, is cancelled."""
+
+    @pytest.fixture(autouse=True)
+    def alone(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        self.ended: list[Any] = []
+        self.cancel_after = 9
+        ends = iter([Completed(), Cancelled(message="cancelled"), Failed(message="a fault")])
+
+        def point(**_: Any) -> Any:
+            self.ended.append(next(ends))
+            return self.ended[-1]
+
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / ".dvc/tmp").mkdir(parents=True)
+        monkeypatch.setattr(sweep, "get_run_logger", lambda: SimpleNamespace(info=print, error=print, warning=print))
+        monkeypatch.setattr(sweep, "expand", lambda *_: [{"dpo.beta": beta} for beta in (0.1, 0.2, 0.3)])
+        monkeypatch.setattr(worktrees, "edited", lambda *_: "")
+        monkeypatch.setattr(worktrees, "worktree", lambda *_: contextlib.nullcontext(tmp_path))
+        monkeypatch.setattr(sweep, "pipeline", SimpleNamespace(with_options=lambda **_: point))
+        monkeypatch.setattr(sweep, "figures", lambda *_: {"figure": 1.0})
+        monkeypatch.setattr(sweep, "cancelled", lambda: len(self.ended) >= self.cancel_after)
+        monkeypatch.setattr(sweep, "create_table_artifact", lambda rows, **_: None)
+
+    def test_a_cancelled_point_has_not_failed(self) -> None:
+        state = sweep.sweep.fn(sweep.SweepParameters())
+        assert state.type.value == "CANCELLED"
+        assert state.message == (
+            "cancelled after 2 of 3 points; what was begun goes on next time; 1 of 3 points failed: dpo.beta=0.3"
+        )
+
+    def test_a_cancelled_sweep_begins_no_other_point(self) -> None:
+        self.cancel_after = 1
+        state = sweep.sweep.fn(sweep.SweepParameters())
+        assert len(self.ended) == 1
+        assert (state.type.value, state.message) == (
+            "CANCELLED", "cancelled after 1 of 3 points; what was begun goes on next time",
+        )  # fmt: skip
+
+    def test_a_server_that_is_away_at_the_end_costs_no_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def away(*_: Any, **__: Any) -> None:
+            raise httpx.ConnectError("nobody there")
+
+        monkeypatch.setattr(sweep, "create_table_artifact", away)
+        monkeypatch.setattr(sweep, "expand", lambda *_: [{"dpo.beta": 0.1}])
+        state = sweep.sweep.fn(sweep.SweepParameters(metrics=["a.json:figure"]))
+        assert state.is_completed()
+        assert state.data == [{"dpo.beta": 0.1, "figure": 1.0}]
+
+
+@pytest.mark.parametrize("whose", ["point", "sweep"])
+def test_a_cancel_on_the_page_ends_what_a_sweep_runs(
+    api: server.Server, scored: Path, tmp_path: Path, whose: str
+) -> None:
+    """Started by hand: no runner watches over it."""
+    repo = fork(scored, tmp_path / "repo")
+    (repo / "score.py").write_text("import time; open('../began', 'a').write('x'); time.sleep(60)\n" + SCORE)
+    run("git -c user.name=t -c user.email=t@example.org commit -qam slow", repo)
+    command = [
+        sys.executable,
+        "-m",
+        "flows.sweep",
+        "dpo.beta=0.1,0.3",
+        "--target",
+        "score",
+        "--metric",
+        "score.json:beta",
+    ]
+    process = small.start(command, repo, **api.env)
+    began = repo / ".dvc/tmp/sweep/began"
+    small.until(began.exists, what="no point began")
+    flow_run = api.newest("sweep" if whose == "sweep" else "pipeline")["id"]
+    api.post(f"flow_runs/{flow_run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+    if whose == "point":  # the next one begins
+        small.until(lambda: began.read_text() == "xx", what="the next point did not begin")
+        api.post(
+            f"flow_runs/{api.newest('sweep')['id']}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+        )
+    output = small.finish(process)
+    assert output.splitlines()[-1] == "sweep: cancelled after 0 of 2 points; what was begun goes on next time", output
+    assert api.newest("sweep")["state"]["name"] == "Cancelled"
+    assert began.read_text() == ("xx" if whose == "point" else "x")

@@ -598,7 +598,7 @@ def test_a_gpu_is_planned_for_where_the_driver_knows_torchs_cuda(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str, cuda: str | None, kind: str
 ) -> None:
     smi = tmp_path / "nvidia-smi"
-    smi.write_text(f"#!/bin/sh\necho 'NVIDIA L4, 23034, 22000, {driver}'\n")
+    smi.write_text(f"#!/bin/sh\necho 'NVIDIA L4, 23034, 22000, {driver}, GPU-1'\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -612,6 +612,57 @@ def test_a_gpu_is_planned_for_where_the_driver_knows_torchs_cuda(
         assert ("the driver 535.54.03 of NVIDIA L4 is too old for torch's CUDA 13.0" in device.name) is (
             cuda is not None
         )
+
+
+BOTH = [["NVIDIA T4", "15360", "15000", "580.65", "GPU-aa1"], ["NVIDIA A100", "81920", "80000", "580.65", "GPU-bb2"]]
+
+
+@pytest.mark.parametrize(("visible", "order", "card", "note"), [
+    (None, "PCI_BUS_ID", 0, ""), ("1", "PCI_BUS_ID", 1, ""), ("1,0", "PCI_BUS_ID", 1, ""),
+    (None, None, 0, "card 0 of nvidia-smi: CUDA may mean another one without CUDA_DEVICE_ORDER=PCI_BUS_ID"),
+    ("1", "FASTEST_FIRST", 1, "card 1 of nvidia-smi: CUDA may mean another"),
+    ("GPU-bb2", None, 1, ""), ("GPU-bb,GPU-aa1", None, 1, ""), ("GPU-c", None, None, "CUDA_VISIBLE_DEVICES=GPU-c names no GPU"),
+    ("2", None, None, "CUDA_VISIBLE_DEVICES=2 names no GPU here"), ("-1,0", None, None, "names no GPU here"),
+    ("MIG-cc3", None, 0, "nvidia-smi does not list MIG-cc3, give its memory with --memory"),
+])  # fmt: skip
+def test_the_card_is_the_one_that_cuda_means(
+    visible: str | None, order: str | None, card: int | None, note: str
+) -> None:
+    row, said = plan._card(BOTH, visible, order)
+    assert row == (None if card is None else BOTH[card])
+    assert note in said
+    assert bool(note) is bool(said)
+
+
+def test_cards_of_one_kind_need_no_order() -> None:
+    assert plan._card([BOTH[0], BOTH[0]], "1", None) == (BOTH[0], "")
+
+
+def test_a_kind_of_device_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The processor of a machine with a GPU has other memory and another dtype; a GPU that is not here has no memory known."""
+    asked: list[Device] = []
+
+    def make(*_: object, device: Device, **__: object) -> plan.Plan:
+        asked.append(device)
+        return plan.Plan((), device)
+
+    monkeypatch.setattr(plan, "make", make)
+    gpu, cpu = (
+        Device("cuda", "NVIDIA L4", 24 * GIB, 23 * GIB, ram=GIB),
+        Device("cpu", "CPU", 8 * GIB, 4 * GIB, bf16=False),
+    )
+    monkeypatch.setattr(plan, "_cpu", lambda: cpu)
+    monkeypatch.setattr(plan, "this_device", lambda: gpu)
+    assert plan.main(["--device", "cpu"]) == plan.main(["--device", "cuda"]) == 0
+    assert asked == [cpu, gpu]
+    monkeypatch.setattr(plan, "this_device", lambda: cpu)
+    assert plan.main(["--device", "cuda", "--memory", "24"]) == 0
+    assert asked[-1] == Device("cuda", "a cuda device", 24 * GIB, 24 * GIB)
+    with pytest.raises(SystemExit):
+        plan.main(["--device", "cuda"])
+    assert "there is no such GPU here: say how much memory it has, --memory GIB" in capsys.readouterr().err
 
 
 def test_an_edited_file_is_named_in_its_own_letters(tmp_path: Path) -> None:

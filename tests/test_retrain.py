@@ -1,5 +1,7 @@
 """Retraining on a repository whose model is one number: promoted, rejected, interrupted, overtaken."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -16,8 +18,11 @@ from typing import ClassVar
 
 import pytest
 from prefect.context import FlowRunContext
+from prefect.states import Completed
 
-from flows import retrain, stages
+from flows import gate, retrain, stages
+from flows.stages import Stopped
+from tasks.params import UserError
 from tests import server, small
 from tests.conftest import ROOT, fork, run
 
@@ -455,6 +460,21 @@ class TestInterrupted:
         assert world.retrain().startswith("Promoted: better in")
         world.clean()
 
+    def test_a_cancel_on_the_page_ends_one_that_was_started_by_hand(self, world: World) -> None:
+        world.data("b.txt", "0.9")
+        training = world.repo / ".dvc/tmp/retrain/training"
+        training.unlink(missing_ok=True)
+        before = world.refs()
+        process = world.start(TRAIN_SECONDS="100")
+        small.until(training.exists, what="it did not train")
+        found = world.api.newest("retrain")["id"]
+        world.api.post(f"flow_runs/{found}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+        output = small.finish(process, 60)
+        assert process.returncode == 1, output
+        assert world.api.get(f"flow_runs/{found}")["state"]["name"] == "Cancelled"
+        assert world.refs() == before
+        world.clean()
+
     @pytest.mark.parametrize(("scheduled", "kind"), [(True, "CANCELLED"), (False, "FAILED")])
     def test_the_second_of_two_has_failed_only_if_a_person_started_it(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduled: bool, kind: str
@@ -485,6 +505,114 @@ class TestInterrupted:
         assert world.git("status", "--porcelain") == "?? data/raw/b.txt"
         assert world.retrain().startswith("Promoted: better in")
         assert {state for state, _ in world.states().values()} == {"Cached"}
+
+
+class TestItsGit:
+    """Without a server and DVC: a promotion that is committed, and what git says."""
+
+    @pytest.fixture
+    def place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> retrain.Place:
+        self.said: list[str] = []
+        monkeypatch.setattr(retrain, "_network", lambda at, words: retrain._guarded(at, at.main, words, print))
+        run(f"git init -q -b main repo && git init -q --bare -b main remote.git && mkdir -p repo/.dvc/tmp && cd repo && {PERSON} && echo 1 > dvc.lock && git add dvc.lock && git commit -qm one && git remote add origin ../remote.git && git push -q origin main", tmp_path)  # fmt: skip
+        main = tmp_path / "repo"
+        run("git worktree add -q --detach ../tree && cd ../tree && echo 2 > dvc.lock && echo new > data.txt && git add -A && git commit -qm promotion", main)  # fmt: skip
+        return retrain.Place(main, tmp_path / "tree", retrain.DEFAULTS, "origin", self.said.append)
+
+    @pytest.fixture
+    def commit(self, place: retrain.Place, monkeypatch: pytest.MonkeyPatch) -> str:
+        commit = retrain._git(place.tree, "rev-parse", "HEAD")
+        retrain._git(place.main, "update-ref", place.pending, commit)
+        retrain._git(place.main, "tag", "assistant@v0.0.1", commit)
+        monkeypatch.setattr(retrain, "_tag", lambda *_: ["assistant@v0.0.1"])
+        monkeypatch.setattr(retrain, "_push", lambda *_: None)
+        monkeypatch.setattr(retrain, "cancelled", lambda: False)
+        monkeypatch.setattr(stages, "drop_dead_holders", lambda _: None)
+        return commit
+
+    @pytest.mark.parametrize("data", ["new", "mine"])
+    def test_a_promotion_stands_where_the_checkout_can_not_follow(
+        self, place: retrain.Place, commit: str, data: str
+    ) -> None:
+        """Its model is prod: the run has not failed."""
+        (place.main / "data.txt").write_text(f"{data}\n")
+        index = (place.main / ".git/index").read_bytes()
+        (place.main / ".git/index.lock").touch()
+        said = retrain._publish(place, commit, None, None)
+        assert said.startswith(f"assistant@v0.0.1 is prod on main ({commit[:10]}), pushed to origin; here: git ")
+        assert said.endswith(f": Unable to create '{place.main}/.git/index.lock': File exists.")
+        assert self.said[-1].startswith("pushed, but main stays behind here: git ")
+        assert (place.main / ".git/index").read_bytes() == index
+        assert retrain._rev(place.main, place.pending) is None
+        (place.main / ".git/index.lock").unlink()
+        assert retrain._follow(place, commit) is None or data == "mine"
+
+    def test_a_promotion_stands_where_dvcs_list_of_holders_is_cut_off(
+        self, place: retrain.Place, commit: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def cut(_: Path) -> None:
+            raise UserError("Unable to read RWLock-file")
+
+        monkeypatch.setattr(stages, "drop_dead_holders", cut)
+        assert retrain._publish(place, commit, None, None).endswith("; here: Unable to read RWLock-file.")
+        here = dataclasses.replace(place, remote=None)
+        retrain._git(place.main, "update-ref", place.pending, commit)
+        with pytest.raises(UserError, match=r"RWLock-file; the promotion \w+ is kept, and the next run finishes it"):
+            retrain._publish(here, commit, None, None)
+        assert retrain._rev(place.main, place.pending) == commit
+
+    @pytest.mark.parametrize("remote", ["origin", None])
+    def test_a_cancelled_run_publishes_nothing(
+        self, place: retrain.Place, commit: str, monkeypatch: pytest.MonkeyPatch, remote: str | None
+    ) -> None:
+        place = dataclasses.replace(place, remote=remote)
+        head = retrain._git(place.main, "rev-parse", "main")
+        monkeypatch.setattr(retrain, "cancelled", lambda: True)
+        with pytest.raises(Stopped):
+            retrain._publish(place, commit, head, None)
+        assert retrain._rev(place.main, place.pending) is None
+        assert retrain._git(place.main, "rev-parse", "main") == head
+        # what can be seen already is finished
+        retrain._git(place.main, "merge", "--quiet", "--ff-only", commit)
+        retrain._git(place.main, "tag", "assistant@v0.0.1", commit)
+        assert retrain._publish(place, commit, commit, None).startswith("assistant@v0.0.1 is prod")
+
+    def test_a_cancel_after_the_last_stage_commits_nothing(
+        self, place: retrain.Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nor are its artifacts pushed, which may take long."""
+        head = retrain._git(place.main, "rev-parse", "main")
+        verdict = gate.Verdict(True, "better", (), 0.95)
+        gone_through = {
+            "_check_identity": None, "_note_edits": None, "_tip": (head, head), "_finish_interrupted": (head, ""),
+            "_worktree": contextlib.nullcontext(), "_dvc_remote": None, "_limits": None, "_answers": "answers.jsonl",
+            "_take": [], "_network": "", "_champion": None, "_lock": {}, "_made": ["dvc.lock"], "pipeline": Completed(),
+            "create_markdown_artifact": None, "_emit": None, "cancelled": True,
+        }  # fmt: skip
+        for name, value in gone_through.items():
+            monkeypatch.setattr(retrain, name, lambda *_, value=value, **__: value)
+        monkeypatch.setattr(stages, "plan", lambda *_: [])
+        monkeypatch.setattr(gate, "read", lambda _: [])
+        monkeypatch.setattr(gate, "decide", lambda *_: verdict)
+        monkeypatch.setattr(retrain, "_commit", lambda *_: pytest.fail("committed"))
+        with pytest.raises(Stopped):
+            retrain._run(place)
+
+    def test_a_stale_tag_gives_way_to_the_remotes(self, place: retrain.Place) -> None:
+        """git fetches none then, and says nothing of it."""
+        theirs, stale = (retrain._git(where, "rev-parse", "HEAD") for where in (place.main, place.tree))
+        run("git tag -a -m x assistant@v0.0.1 && git tag 'assistant#prod#1' && git push -q --tags origin", place.main)
+        run(f"git tag -d assistant@v0.0.1 && git tag -a -m y assistant@v0.0.1 {stale}", place.main)
+        assert retrain._tip(place) == (theirs, theirs)
+        assert retrain._git(place.main, "rev-parse", "assistant@v0.0.1^{commit}") == theirs
+        assert self.said == [f"the tag assistant@v0.0.1 here was of {stale[:10]}, origin has {theirs[:10]}: taken over"]
+        retrain._tip(place)
+        assert len(self.said) == 1
+
+    def test_git_says_why_and_not_what_it_advises(self, place: retrain.Place) -> None:
+        (place.main / ".git/index.lock").touch()
+        with pytest.raises(UserError, match=r"^git add: fatal: Unable to create .*index\.lock': File exists\.$"):
+            retrain._git(place.main, "add", "dvc.lock")
 
 
 class TestWithoutARemote:

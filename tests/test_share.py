@@ -249,7 +249,9 @@ def test_a_directory_of_several_people(small: Path, tmp_path: Path) -> None:
         code = f"import os; os.umask({umask}); from flows import share; raise SystemExit(share.main([{str(store)!r}]))"
         said = run([sys.executable, "-c", code], small, **ALONE).stdout
         assert ("your umask 022 closes to the others" in said) == warns, said
-        assert "after a run:          git add -A && git commit && dvc push --run-cache && git push" in said
+        assert (
+            "after a run:          git add -A && git commit && dvc push --run-cache && git push --follow-tags" in said
+        )
     assert "shared = group" in (small / ".dvc/config.local").read_text()
     run("umask 002 && dvc push -q --run-cache", small)
     closed = [p for p in [store, *store.rglob("*")] if p.is_dir() and not p.stat().st_mode & 0o020]

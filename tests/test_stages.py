@@ -308,6 +308,21 @@ class TestGuard:
         assert (done.code, done.output) == (0, "done")
         small.until(lambda: not small.alive(int((tmp_path / "pid").read_text())), 5)
 
+    def test_a_command_that_has_ended_is_not_timed_out(self, tmp_path: Path) -> None:
+        """DVC may have to wait for its lock before and after it; what was made would be lost."""
+
+        def dvc(seconds: float) -> list[str]:
+            code = (
+                "import subprocess, time; time.sleep(0.7); print(\"Running stage 'slow':\", flush=True); "
+                f"subprocess.run(['sleep', '{seconds}']); time.sleep(1.5); print('recorded')"
+            )
+            return [sys.executable, "-c", code]
+
+        done = stages.guarded(dvc(0.6), tmp_path, print, timeout=1)
+        assert done.output.splitlines() == ["Running stage 'slow':", "recorded"]
+        with pytest.raises(StageTimedOut, match="not done after 1 s"):
+            stages.guarded(dvc(60), tmp_path, print, timeout=1)
+
     def test_exit_code_is_the_commands(self, tmp_path: Path) -> None:
         assert stages.guarded(["sh", "-c", "exit 7"], tmp_path, print).code == 7
         assert stages.guarded(["sh", "-c", "kill -9 $$"], tmp_path, print).code == 137
