@@ -464,6 +464,15 @@ def test_dpo_computes_in_the_precision_of_its_reference(
         dpo.check_precision({"fp16": True})
 
 
+def test_another_precision_is_refused_before_a_model_is_loaded(
+    tiny: Path, trained: Path, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(models, "load")
+    other = {key: not value for key, value in training.precision().items()}
+    with pytest.raises(UserError, match=r"dpo\.bf16: expected"):
+        _dpo(tiny, trained / "adapter", scored, tmp_path / "one", **other)
+
+
 def test_a_validation_leaves_trainable_what_was(
     tiny: Path, facts: Path, rows: Path, scored: Path, tmp_path: Path
 ) -> None:
