@@ -504,8 +504,8 @@ def _section(every: Mapping[str, Any], name: str, device: Device) -> dict[str, A
     given: dict[str, Any] = DEFAULTS | every[name]
     if given.get("activation_checkpointing") is not None:
         given["gradient_checkpointing"] = given["activation_checkpointing"]
-    if "paged" in given["optim"] and device.kind != "cuda":
-        given["optim"] = "adamw_torch_fused"
+    if device.kind != "cuda":
+        given["optim"] = params.unpaged(given["optim"])
     return given
 
 

@@ -498,6 +498,14 @@ class TestWontFit:
         assert total(sft__optim="paged_adamw_8bit") < plain
         assert total(sft__gradient_checkpointing=True) < plain
 
+    @pytest.mark.parametrize(
+        ("asked", "cpu"), [("paged_lion_32bit", "lion_32bit"), ("paged_adamw_32bit", "adamw_torch_fused")]
+    )
+    def test_off_cuda_an_optimizer_pages_nothing_and_stays_what_it_is(self, asked: str, cpu: str) -> None:
+        every = plan._changed(self.every(), {"sft.optim": asked})
+        for kind, wanted in (("cpu", cpu), ("cuda", asked)):
+            assert plan._section(every, "sft", Device(kind, "test", GIB, GIB))["optim"] == wanted
+
     def test_seven_billion_parameters_fit_one_gpu(self, tmp_path: Path) -> None:
         """What README.md says of the settings that it proposes, which are these."""
         text = (ROOT / "README.md").read_text().split("## On a GPU")[1]
