@@ -738,26 +738,25 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def merged(facts: Path, trained: Path, rows: Path, sources: Path, tmp_path: Path) -> Callable[..., str]:
+    """`merge` of the trained adapter into a base, to `model` and `metrics.json` in the test's folder."""
+
+    def run(base: Path, *settings: Any) -> str:
+        inputs = base, facts, trained / "adapter", trained / "metrics.json", rows, sources
+        return merge.run(*inputs, tmp_path / "model", tmp_path / "metrics.json", *settings)
+
+    return run
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_measures_both_and_keeps_the_closer(
-    tiny: Path, facts: Path, trained: Path, rows: Path, sources: Path, tmp_path: Path, dtype: torch.dtype
+    tiny: Path, trained: Path, merged: Callable[..., str], tmp_path: Path, dtype: torch.dtype
 ) -> None:
     """The merged model is saved in the dtype of the base's files, whatever this machine computes in."""
     stored = shutil.copytree(tiny, tmp_path / "base")
     models.load(tiny, None).to(dtype).save_pretrained(stored)
-    merge.run(
-        stored,
-        facts,
-        trained / "adapter",
-        trained / "metrics.json",
-        rows,
-        sources,
-        tmp_path / "model",
-        tmp_path / "metrics.json",
-        params=Merge(max_kl=1.0),
-        quantization=NF4,
-        template=Template(system="You explain."),
-    )
+    merged(stored, Merge(max_kl=1.0), NF4, Template(system="You explain."))
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["kept"] == "dequantized"
     assert found["candidates"]["dequantized"]["kl"] < found["candidates"]["16bit"]["kl"]
@@ -785,23 +784,10 @@ def test_merge_measures_both_and_keeps_the_closer(
     assert "quantization_config" not in json.loads((tmp_path / "model/config.json").read_text())
 
 
-def test_merge_fails_above_its_limit(
-    tiny: Path, facts: Path, trained: Path, rows: Path, sources: Path, tmp_path: Path
-) -> None:
+def test_merge_fails_above_its_limit(tiny: Path, merged: Callable[..., str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"more than merge\.max_kl"):
-        merge.run(
-            tiny,
-            facts,
-            trained / "adapter",
-            trained / "metrics.json",
-            rows,
-            sources,
-            tmp_path / "model",
-            tmp_path / "metrics.json",
-            params=Merge().model_copy(update={"max_kl": -1.0}),  # in 32 bits the closer one may be no further than 0
-            quantization=NF4,
-            template=Template(),
-        )
+        # in 32 bits the closer one may be no further than 0
+        merged(tiny, Merge().model_copy(update={"max_kl": -1.0}), NF4, Template())
     assert not (tmp_path / "model").exists()
 
 
@@ -809,50 +795,26 @@ def test_merge_fails_above_its_limit(
     ("found", "kept"), [((math.nan, 0.5), "16bit"), ((0.5, math.nan), "dequantized"), ((math.nan, math.inf), None)]
 )
 def test_what_can_not_be_compared_is_not_kept(
-    tiny: Path, facts: Path, trained: Path, rows: Path, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    tiny: Path, merged: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     found: tuple[float, float], kept: str | None,
 ) -> None:  # fmt: skip
     """NaN is neither less nor more than any limit."""
     left = list(found)
     monkeypatch.setattr(merge, "compare", lambda target, _: {"kl": left.pop(0), "top1": 1.0})
     monkeypatch.setattr(merge, "_distributions", lambda *_: [])
-    paths = (
-        tiny,
-        facts,
-        trained / "adapter",
-        trained / "metrics.json",
-        rows,
-        sources,
-        tmp_path / "model",
-        tmp_path / "metrics.json",
-    )
     refused = pytest.raises(UserError, match="nan nats per token from the adapter on its base: some of its logits")
     with contextlib.nullcontext() if kept else refused:
-        merge.run(*paths, Merge(max_kl=1.0), NF4, Template())
+        merged(tiny, Merge(max_kl=1.0), NF4, Template())
     assert (tmp_path / "model").exists() == bool(kept)
     assert kept in (None, json.loads((tmp_path / "metrics.json").read_text())["kept"])
 
 
-def test_a_merged_model_ends_where_its_evaluation_does(
-    tiny: Path, facts: Path, trained: Path, rows: Path, sources: Path, tmp_path: Path
-) -> None:
+def test_a_merged_model_ends_where_its_evaluation_does(tiny: Path, merged: Callable[..., str], tmp_path: Path) -> None:
     """Whoever serves it reads generation_config.json alone: the token trained on, and those of the model."""
     stored = shutil.copytree(tiny, tmp_path / "base")
     config = json.loads((stored / "generation_config.json").read_text()) | {"eos_token_id": 7}
     (stored / "generation_config.json").write_text(json.dumps(config))
-    paths = tmp_path / "model", tmp_path / "metrics.json"
-    merge.run(
-        stored,
-        facts,
-        trained / "adapter",
-        trained / "metrics.json",
-        rows,
-        sources,
-        *paths,
-        Merge(max_kl=1.0),
-        None,
-        Template(),
-    )
+    merged(stored, Merge(max_kl=1.0), None, Template())
     ends = json.loads((tmp_path / "model/generation_config.json").read_text())["eos_token_id"]
     assert ends == sorted({7, render.load_tokenizer(tiny).eos_token_id})
 
