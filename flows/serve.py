@@ -114,13 +114,25 @@ def with_server(port: int, arguments: Sequence[str]) -> int:
         try:
             return runner.wait()
         finally:  # it ends the runs that it started, while the server still listens
-            runner.terminate()
-            runner.wait(60)
+            _end(runner)
     except (KeyboardInterrupt, SystemExit):
         return 130
     finally:
-        server.terminate()
-        server.wait(30)
+        _end(server)
+
+
+def _end(process: "subprocess.Popen[bytes]", patience: float = 20) -> None:
+    """Terminate it, twice if need be, else kill it.
+
+    What a signal raises in Python is lost if it comes within a destructor: the first one may do nothing.
+    """
+    for _ in range(2):
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            return
+    process.kill()
+    process.wait()
 
 
 def _healthy(url: str) -> bool:

@@ -318,7 +318,7 @@ def test_a_closed_terminal_ends_the_server_of_make_ui(tmp_path: Path) -> None:
     try:
         server.wait_healthy(f"http://127.0.0.1:{port}", process)
         os.killpg(process.pid, signal.SIGHUP)
-        assert process.wait(90) in (130, 143)
+        assert process.wait(120) in (130, 143)
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"http://127.0.0.1:{port}/api/health")
     finally:
@@ -327,6 +327,21 @@ def test_a_closed_terminal_ends_the_server_of_make_ui(tmp_path: Path) -> None:
                 if other.environ().get("PREFECT_HOME") == str(tmp_path / "home"):
                     other.kill()
         small.finish(process, 30)
+
+
+@pytest.mark.parametrize(("ignored", "code"), [(0, -signal.SIGTERM), (1, 3), (9, -signal.SIGKILL)])
+def test_who_does_not_hear_the_first_signal_is_ended_all_the_same(ignored: int, code: int) -> None:
+    deaf = (
+        "import signal, sys, time; left = [{}]\n"
+        "def heard(*_):\n    left[0] -= 1\n    if left[0] < 0: sys.exit(3)\n"
+        "if left[0]: signal.signal(signal.SIGTERM, heard)\n"
+        "print('ready', flush=True)\nwhile True: time.sleep(0.05)"
+    )
+    with subprocess.Popen([sys.executable, "-c", deaf.format(ignored)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        serve._end(process, patience=1)
+    assert process.returncode == code
 
 
 class Gate(BaseHTTPRequestHandler):
