@@ -167,6 +167,8 @@ def section(found: Found) -> str:
         f"tokens). DPO: seconds of all of it, from loading to the last step, against pairs of {LENGTH} tokens a side. Slopes on",
         "logarithms of both axes: 1 is proportional, below it a fixed cost is in it.", "",
     ]  # fmt: skip
+    if not found.keys() & SIZES:  # the large model alone
+        lines = ["## A large model", ""]
     shown = [(what, "seconds") for what in SIZES if what in found] + [("layers", "peak")] * ("layers" in found)
     for what, key in shown:
         unit = GIB if key == "peak" else 1
