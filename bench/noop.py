@@ -4,7 +4,7 @@ Each comparison is interleaved (A B A B …) and given as medians:
 
 - `dvc repro` of this repository against `dvc repro` of ten stages that run `true`, with the same settings of DVC: without
   them the other would also start a process that sends analytics; and beside both a graph of `true` that declares what this
-  repository's does, of empty files: what DVC itself takes for so many dependencies, outputs and params;
+  repository's does, of files of a byte: what DVC itself takes for so many dependencies, outputs and params;
 - the flow `pipeline`, all stages Cached, against a flow of as many empty tasks, both against one running Prefect server;
 - the start of a data stage against `import polars`.
 

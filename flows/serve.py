@@ -121,10 +121,11 @@ def with_server(port: int, arguments: Sequence[str]) -> int:
         _end(server)
 
 
-def _end(process: "subprocess.Popen[bytes]", patience: float = 20) -> None:
+def _end(process: "subprocess.Popen[bytes]", patience: float = 30) -> None:
     """Terminate it, twice if need be, else kill it.
 
-    What a signal raises in Python is lost if it comes within a destructor: the first one may do nothing.
+    What a signal raises in Python is lost if it comes within a destructor: the first one may do nothing. A runner ends its runs
+    first, whose stages have ten seconds to end themselves.
     """
     for _ in range(2):
         process.terminate()

@@ -318,7 +318,7 @@ def test_a_closed_terminal_ends_the_server_of_make_ui(tmp_path: Path) -> None:
     try:
         server.wait_healthy(f"http://127.0.0.1:{port}", process)
         os.killpg(process.pid, signal.SIGHUP)
-        assert process.wait(120) in (130, 143)
+        assert process.wait(150) in (130, 143)
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"http://127.0.0.1:{port}/api/health")
     finally:
