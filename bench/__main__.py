@@ -212,10 +212,12 @@ def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
         ]
         for name, figures in found.get(f"{what}-bf16", {}).items():
             against.append((f"TRL's{name[8:]}", figures["rate"], over_trl))
-        for name, rate in rates.items():
-            if name.startswith("reforge"):
-                for other, figure, asked in against:
-                    limit = most and most / figure
+        ours = [name for name in rates if name.startswith("reforge")]
+        best = [name for name in ours if "tcmalloc" in name] or ours  # as peers at their best have it
+        for name in ours:
+            for other, figure, asked in against:
+                if (name in best) if figure == max(others) else ("tcmalloc" not in name):
+                    rate, limit = rates[name], most and most / figure
                     bar(f"{what}, {name[9:]}, × {other}", f"≥ {asked}", rate / figure, rate / figure >= asked, limit)
         if most and what == "sft":
             every = found[products]["every token"]["rate"]

@@ -18,8 +18,8 @@ GIB = 1 << 30
 PACKABLE = {f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 NO_LORA: dict[str, Any] = {"target_modules": []}
 SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-# `HEAD_CHUNK` of tasks.fast in elements, and bytes of each: logits in 16 and 32 bits, a difference and a probability
-FAST_HEAD, FAST_HEAD_BYTES = 1 << 23, 14
+# `HEAD_CHUNK` of tasks.fast in elements; `HEAD_PIECE`, and bytes of each of these: a logit in 32 bits and a probability
+FAST_HEAD, FAST_PIECE, FAST_PIECE_BYTES = 1 << 23, 1 << 20, 8
 # `SCORE_CHUNK` of tasks.fast; bytes of an attention score, with its weight in 16 and 32 bits, in the forward pass
 FAST_SCORES, FAST_SCORES_BYTES = 1 << 25, 12
 FAST_KEPT = 1 << 21  # `KEPT_SCORES` of tasks.fast
@@ -281,7 +281,8 @@ def head_bytes(facts: dict[str, Any], device: Device, tokens: int, packed: bool)
     """Logits held at once: rows of the vocabulary in pieces, never all of them."""
     vocabulary = int(facts["vocabulary"])
     if packed:
-        return min(tokens * vocabulary, FAST_HEAD) * FAST_HEAD_BYTES
+        logits = tokens * vocabulary
+        return min(logits, FAST_HEAD) * device.width + min(logits, FAST_PIECE) * FAST_PIECE_BYTES
     each = TILE_BYTES if device.kind == "cuda" else TILE_BYTES_TORCH
     return min(tokens, TILE[0]) * min(vocabulary, TILE[1]) * each
 

@@ -41,6 +41,7 @@ NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}  # al
 PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}  # model types proven by the tests; SOLAR and SmolLM are llama
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 HEAD_CHUNK = 1 << 23  # logits held at once, in elements
+HEAD_PIECE = 1 << 20  # of these, in float32 and as probabilities: few enough to stay in the cache
 KEPT_SCORES = 1 << 21  # attention weights of a layer kept for its backward pass, in elements
 SCORE_CHUNK = 1 << 25  # attention scores held at once, in elements
 KEPT_BIAS = 1 << 23  # elements of a bucket's mask that is kept from layer to layer
@@ -384,7 +385,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def few_times(rows: Tensor, x: Tensor) -> Tensor:
-    """`rows` `(few, n)` times x `(n, many)`, the way round that is faster: up to four times in float32."""
+    """`rows` `(few, n)` times x `(n, many)`, whose columns lie together: the way round that is faster."""
     return rows @ x if x.dtype == torch.float32 else (x.t() @ rows.t()).t()
 
 
@@ -419,7 +420,7 @@ class _Lora(torch.autograd.Function):
             part = slice(start, start + b.shape[1])
             dthin[part] = few_times(b.t(), grad.t())
             if need[2 * i + 1]:
-                out[2 * i + 1] = few_times(thin[part], grad).t().to(ctx.dtypes[2 * i + 1]).mul_(layer.scale())
+                out[2 * i + 1] = (thin[part] @ grad).t().to(ctx.dtypes[2 * i + 1]).mul_(layer.scale())
             if need_x:
                 weight = layer.weight(x.dtype)
                 dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
@@ -589,31 +590,36 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, ...]:
-        step = max(1, HEAD_CHUNK // len(weight))
+        step, few = max(1, HEAD_CHUNK // len(weight)), max(1, HEAD_PIECE // len(weight))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        held = torch.empty(2, min(few, len(hidden)), len(weight))
         stats: list[list[Tensor]] = [[], [], [], [], []]
         for start in range(0, len(hidden), step):
-            target = targets[start : start + step, None]
             low = hidden[start : start + step] @ weight.t()
             if bias is not None:
                 low += bias
-            z = low.float()
-            top, at, mean = z.amax(-1, keepdim=True), z.gather(1, target), z.mean(-1)
-            first = (at == top)[:, 0]
-            # the first of several that are equal is the most likely; finding the first is slow, and seldom needed
-            others = z.scatter_(1, target, -math.inf).amax(-1, keepdim=True)
-            z.scatter_(1, target, at)
-            tied = first & (others == top)[:, 0]
-            first[tied] = z[tied].argmax(-1) == target[tied, 0]
-            p = torch.softmax(z, -1)
-            log_z = top - p.amax(-1, keepdim=True).log()
-            squares = torch.linalg.vector_norm(p, dim=-1).log() * 2
-            entropy = log_z[:, 0] - torch.linalg.vecdot(p, z)
-            for out, value in zip(stats, ((at - log_z)[:, 0], entropy, squares, mean, first), strict=True):
-                out.append(value)
+            for target, logits in zip(
+                torch.split(targets[start : start + step, None], few), torch.split(low, few), strict=True
+            ):
+                z, p = held[:, : len(logits)]
+                z.copy_(logits)
+                top, at, mean = z.amax(-1, keepdim=True), z.gather(1, target), z.mean(-1)
+                torch.softmax(z, -1, out=p)
+                first = (at == top)[:, 0]
+                # the first of several that are equal is the most likely; finding the first is slow, and seldom needed
+                others = z.scatter_(1, target, -math.inf).amax(-1, keepdim=True)
+                z.scatter_(1, target, at)
+                tied = first & (others == top)[:, 0]
+                first[tied] = z[tied].argmax(-1) == target[tied, 0]
+                log_z = top - p.amax(-1, keepdim=True).log()
+                squares = torch.linalg.vector_norm(p, dim=-1).log() * 2
+                entropy = log_z[:, 0] - z.mul_(p).sum(-1)
+                for out, value in zip(stats, ((at - log_z)[:, 0], entropy, squares, mean, first), strict=True):
+                    out.append(value)
+                if gradient is not None:
+                    logits.copy_(p.neg_().scatter_add_(1, target, torch.ones_like(at)))
             if gradient is not None:
-                p.neg_().scatter_add_(1, target, torch.ones_like(at))
-                gradient[start : start + step] = p.to(hidden.dtype) @ weight
+                torch.mm(low, weight, out=gradient[start : start + step])
         out = [torch.cat(s) if s else hidden.new_zeros(0, dtype=torch.float32) for s in stats]
         ctx.mark_non_differentiable(*out[1:])
         ctx.set_materialize_grads(False)

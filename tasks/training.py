@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import statistics
 import sys
@@ -151,7 +152,8 @@ def train(trainer: Any, folder: Path, given: dict[str, Any]) -> None:
     """
     models.adapter_float32(trainer.model)
     if given.get("fast", True) and models.device().type == "cpu":
-        kept = "kept (glibc)" if fast.keep_pages() else "given back"
+        own = [path for path in re.split("[ :]", os.environ.get("LD_PRELOAD", "")) if "malloc" in path]
+        kept = f"left to {Path(own[0]).name}" if own else "kept (glibc)" if fast.keep_pages() else "given back"
         print(f"cpu: {torch.get_num_threads()} threads (OMP_NUM_THREADS), freed memory is {kept}", flush=True)
         for note in fast.install(trainer.model):
             print(f"note: {note}", flush=True)

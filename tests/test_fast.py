@@ -181,13 +181,27 @@ def test_four_bits_are_dequantised_as_bitsandbytes_does(
 @pytest.mark.parametrize("scores", [1, 300, 1200], ids=["a query at a time", "a few queries", "rows"])
 @pytest.mark.parametrize("kept", [0, 1 << 20])
 def test_in_pieces(monkeypatch: pytest.MonkeyPatch, config: str, scores: int, kept: int) -> None:
-    """Attention of few rows or, of long ones, of few queries, its weights kept or computed again; head position by position."""
+    """Attention of few rows or, of long ones, of few queries, its weights kept or computed again."""
     monkeypatch.setattr(fast, "KEPT_SCORES", kept)
     monkeypatch.setattr(fast, "KEPT_BIAS", kept)
     monkeypatch.setattr(fast, "SCORE_CHUNK", scores)
-    monkeypatch.setattr(fast, "HEAD_CHUNK", 1)
     given = batch()
     same(tiny(CONFIGS[config]()), lambda m: fused(m, given), lambda m: plain(m, given))
+
+
+@pytest.mark.parametrize(("chunk", "piece"), [(1, 1), (5, 1), (5, 2), (100, 7)])
+def test_head_in_pieces(monkeypatch: pytest.MonkeyPatch, chunk: int, piece: int) -> None:
+    """Positions whose logits are held at once, and of these those that are in float32: the last ones may be fewer."""
+    monkeypatch.setattr(fast, "HEAD_CHUNK", chunk * VOCABULARY)
+    monkeypatch.setattr(fast, "HEAD_PIECE", piece * VOCABULARY)
+    given = batch()
+    same(tiny(CONFIGS["llama"]()), lambda m: fused(m, given), lambda m: plain(m, given))
+    model = tiny(CONFIGS["llama"]())
+    expected = model(**given, fused_lm_head=True, use_cache=False)
+    fast.install(model)
+    found = model(**given, fused_lm_head=True, use_cache=False)
+    for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"):
+        torch.testing.assert_close(found[name], expected[name], msg=name, atol=1e-5, rtol=1e-5)
 
 
 class Largest(TorchDispatchMode):

@@ -374,7 +374,11 @@ def test_constants_are_those_of_the_stages() -> None:
     from tasks import dpo, fast, merge, models, pair
 
     assert {CLASSES[kind] for kind in fast.PACKABLE} == memory.PACKABLE
-    assert (fast.HEAD_CHUNK, fast.SCORE_CHUNK) == (memory.FAST_HEAD, memory.FAST_SCORES)
+    assert (fast.HEAD_CHUNK, fast.HEAD_PIECE, fast.SCORE_CHUNK) == (
+        memory.FAST_HEAD,
+        memory.FAST_PIECE,
+        memory.FAST_SCORES,
+    )
     assert (fast.KEPT_SCORES, models.SCORED) == (memory.FAST_KEPT, memory.SCORED)
     assert (pair.BATCH, pair.NEW_TOKENS) == (plan.PAIR_BATCH, plan.PAIR_TOKENS)
     assert dpo.KL_BATCH == plan.DPO_BATCH
