@@ -137,9 +137,10 @@ def page(found: dict[str, Any], machines: dict[str, list[str]]) -> str:
         "losses are comparable within one precision and one order of rows: grouping by length begins with other rows.", "",
         *ABOUT[training.BF16], "",
         *(f"- {', '.join(parts)}: {name}" for name, parts in machines.items()), "",
-        "| work | bar | found | verdict | the products alone |", "| --- | --- | --- | --- | --- |", *bars(found, disturbed), "",
+        "| work | bar | found | verdict | products alone | with operations |", "| --- | --- | --- | --- | --- | --- |", *bars(found, disturbed), "",
         "The products alone are the matrix products of a step and nothing else, of the tokens that are left where what rows",
-        "begin with is computed once (`products` below): what no training on these cores can pass.", "", *LIMITS.read_text().splitlines(), "",
+        "begin with is computed once (`products` below): what no training on these cores can pass. With operations: what stands",
+        "between these products in any decoder too, each as one function of torch: what is left to gain without own kernels.", "", *LIMITS.read_text().splitlines(), "",
     ]  # fmt: skip
     for part in training.SYSTEMS:
         if part in found:
@@ -195,9 +196,9 @@ def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
     out: list[str] = []
     bits = training.BITS
 
-    def bar(what: str, asked: str, value: float, met: bool, limit: float | None = None) -> None:
-        most = "" if limit is None else f"{limit:.2f}"
-        out.append(f"| {what} | {asked} | {value:.2f} | {'met' if met else 'missed'} | {most} |")
+    def bar(what: str, asked: str, value: float, met: bool, *limits: float) -> None:
+        most = [f"{limit:.2f}" for limit in limits] + [""] * (2 - len(limits))
+        out.append(f"| {what} | {asked} | {value:.2f} | {'met' if met else 'missed'} | {' | '.join(most)} |")
 
     for what, products, over_peer, over_trl in (("sft", "products", 2.5, 4.0), ("dpo", "products-dpo", 3.5, 5.0)):
         if what not in found:
@@ -205,7 +206,8 @@ def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
         rates = {name: figures["rate"] for name, figures in found[what].items()}
         others = [rate for name, rate in rates.items() if not name.startswith("reforge")]
         others += [r for r in found.get("peers" if what == "sft" else "peers-dpo", {}).values() if isinstance(r, float)]
-        most = found[products][training.ONCE]["rate"] if products in found else None
+        alone = found.get(products, {})
+        most = [alone[name]["rate"] for name in (training.ONCE, training.REST) if name in alone]
         against = [
             ("the fastest peer", max(others), over_peer),
             (f"TRL's{training.DEFAULTS[8:]}", rates[training.DEFAULTS], over_trl),
@@ -217,12 +219,14 @@ def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
         for name in ours:
             for other, figure, asked in against:
                 if (name in best) if figure == max(others) else ("tcmalloc" not in name):
-                    rate, limit = rates[name], most and most / figure
-                    bar(f"{what}, {name[9:]}, × {other}", f"≥ {asked}", rate / figure, rate / figure >= asked, limit)
+                    ratio = rates[name] / figure
+                    limits = [limit / figure for limit in most]
+                    bar(f"{what}, {name[9:]}, × {other}", f"≥ {asked}", ratio, ratio >= asked, *limits)
         if most and what == "sft":
             every = found[products]["every token"]["rate"]
             share = rates[f"reforge, {bits}"] / every
-            bar(f"sft, {bits}, share of the products of every token", "≥ 0.6", share, share >= 0.6, most / every)
+            limits = [limit / every for limit in most]
+            bar(f"sft, {bits}, share of the products of every token", "≥ 0.6", share, share >= 0.6, *limits)
         peaks = [found[what][f"reforge, {kind}"]["peak"] for kind in ("NF4", bits)]
         ratio = peaks[0] / peaks[1]
         bar(f"{what}, peak memory of NF4 × that of {bits}, 0.13 billion parameters", "≤ 0.75", ratio, ratio <= 0.75)
@@ -244,14 +248,14 @@ def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
         whole = {name: sum(parts.values()) for name, parts in seconds.items()}
         share = sum(whole[stage] for stage in (*AFTER_DPO, "dvc")) / sum(whole.values())
         met = "not on an idle machine" if disturbed else "met" if share <= 0.35 else "missed"
-        out.append(f"| from an edit of `dpo.beta` to the report, × all | ≤ 0.35 | {share:.2f} | {met} | |")
+        out.append(f"| from an edit of `dpo.beta` to the report, × all | ≤ 0.35 | {share:.2f} | {met} | | |")
     if "data" in found:
         slope, peak = data.summary(found["data"])
         met = "not on an idle machine" if disturbed else "met" if slope <= 1.1 else "missed"
-        out.append(f"| data stages, slope of seconds against rows | ≤ 1.1 | {slope:.2f} | {met} | |")
-        most = max(map(int, found["data"]))  # the bar is for a million
-        met = "not measured" if most < 1_000_000 else "met" if peak <= 1.5 * 2**30 else "missed"
-        out.append(f"| data stages, peak GiB at {most:,} rows | ≤ 1.5 at 1,000,000 | {peak / 2**30:.2f} | {met} | |")
+        out.append(f"| data stages, slope of seconds against rows | ≤ 1.1 | {slope:.2f} | {met} | | |")
+        largest = max(map(int, found["data"]))  # the bar is for a million
+        met = "not measured" if largest < 1_000_000 else "met" if peak <= 1.5 * 2**30 else "missed"
+        out.append(f"| data stages, peak GiB at {largest:,} rows | ≤ 1.5 at 1,000,000 | {peak / 2**30:.2f} | {met} | | |")
     return out
 
 

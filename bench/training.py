@@ -8,6 +8,8 @@ ten steps of a run are not counted: memory is touched for the first time in them
 - SFT in tokens per second that are no padding, DPO in pairs per second, the reference's log-probabilities in pairs per second.
 - The products of a step alone, forward and backward, in the same units: of every token (of DPO the prompt once for both
   answers), and of those alone that are left where what rows of a batch begin with is computed once.
+- The same with the operations between them: attention's own products, norms, rotations, activations, sums and softmaxes, each
+  as one of torch's functions on memory that is there: what is left to gain without writing kernels.
 - Answers in prompts per second, greedy, of 32 new tokens each: in batches as `evaluate` asks, against one at a time.
 - Options in prompts per second: log-likelihood of four answers to one question, scored together against one at a time.
 """
@@ -40,6 +42,7 @@ PAGE = ROOT / f"docs/benchmarks{'' if BF16 else '-float32'}.md"
 DEFAULTS = f"TRL, its defaults{'' if BF16 else ' but for bf16'}"
 
 ONCE = "what rows share once"
+REST = "the same, and the operations between them"
 
 # work → system → settings of the process that does it; the first system is reforge, the last is TRL as it comes
 GROUPED = {"train_sampling_strategy": "group_by_length"}
@@ -74,8 +77,11 @@ SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
         "reforge": {},
         "TRL, precompute_ref_log_probs": {"weights": DTYPE, "trl": {}},
     },
-    "products": {"every token": {}, ONCE: {"shared": True}},
-    "products-dpo": {"every token": {"pairs": True}, ONCE: {"pairs": True, "shared": True}},
+    "products": {"every token": {}, ONCE: {"shared": True}, REST: {"shared": True, "rest": True}},
+    "products-dpo": {
+        "every token": {"pairs": True}, ONCE: {"pairs": True, "shared": True},
+        REST: {"pairs": True, "shared": True, "rest": True},
+    },
     "answers": {"reforge": {}, "one at a time": {"trl": {}}},
     "options": {"reforge": {}, "one at a time": {"trl": {}}},
 }  # fmt: skip
@@ -367,14 +373,63 @@ def _products(settings: dict[str, Any], steps: int) -> dict[str, Any]:
             for x, dy, weight, a, b, low in layers:
                 x @ weight.t(), dy @ weight, low.t() @ b.t(), low.t() @ a, low @ x
                 fast.few_times(a, x.t()), fast.few_times(b.t(), dy.t()), low @ dy
-        (head[0] @ head[1].t()) @ head[1]
+            if rest:
+                rest()
+        logits = head[0] @ head[1].t()
+        if rest:
+            for few in logits.split(fast.HEAD_PIECE // config.vocab_size):
+                few.copy_(torch.softmax(few.float(), -1))
+        logits @ head[1]
 
+    rest = _between(config, tokens, BATCH * (1 + pairs)) if settings.get("rest") else None
     fast.keep_pages()
     step()
     began = time.perf_counter()
     for _ in range(steps):
         step()
     return {"rate": (BATCH if pairs else every) * steps / (time.perf_counter() - began)}
+
+
+def _between(config: Any, tokens: int, count: int) -> Any:
+    """What a layer does between its products, forward and backward, of `count` rows that leave so many tokens."""
+    import torch
+    from torch.nn import functional
+
+    from tasks import models
+
+    def random_(*shape: int) -> Any:
+        return torch.randn(*shape, dtype=models.compute_dtype())
+
+    heads, few, size = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.hidden_size // config.num_attention_heads,
+    )
+    longest = round(statistics.mean(len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in rows()))
+    group, queries = heads // few, tokens // count
+    q, k = random_(count * few, group * queries, size), random_(count * few, longest, size)
+    x, weight, inner = (
+        random_(tokens, config.hidden_size),
+        random_(config.hidden_size),
+        random_(tokens, config.intermediate_size),
+    )
+    turned, angle = [random_(tokens, n, size) for n in (heads, few)], random_(tokens, 1, size)
+
+    def layer() -> None:
+        weights = torch.softmax(q @ k.transpose(1, 2), -1)
+        weights @ k
+        weights.transpose(1, 2) @ q
+        inner_ = torch._softmax_backward_data(q @ k.transpose(1, 2), weights, -1, q.dtype)
+        inner_ @ k, inner_.transpose(1, 2) @ q
+        for states in turned * 2:  # rotated, and turned back
+            torch.addcmul(states * angle, states, angle)
+        for _ in range(2):
+            functional.rms_norm(x, weight.shape, weight), x + x
+            torch.addcmul(x * weight, x, x), x + x
+        functional.silu(inner) * inner
+        inner * inner, torch.ops.aten.silu_backward(inner * inner, inner)
+
+    return layer
 
 
 def _counts(pairs: bool) -> tuple[float, float, float]:
