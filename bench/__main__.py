@@ -218,7 +218,7 @@ def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
         best = [name for name in ours if "tcmalloc" in name] or ours  # as peers at their best have it
         for name in ours:
             for other, figure, asked in against:
-                if (name in best) if figure == max(others) else ("tcmalloc" not in name):
+                if name in best or figure != max(others):
                     ratio = rates[name] / figure
                     limits = [limit / figure for limit in most]
                     bar(f"{what}, {name[9:]}, × {other}", f"≥ {asked}", ratio, ratio >= asked, *limits)
@@ -255,7 +255,9 @@ def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
         out.append(f"| data stages, slope of seconds against rows | ≤ 1.1 | {slope:.2f} | {met} | | |")
         largest = max(map(int, found["data"]))  # the bar is for a million
         met = "not measured" if largest < 1_000_000 else "met" if peak <= 1.5 * 2**30 else "missed"
-        out.append(f"| data stages, peak GiB at {largest:,} rows | ≤ 1.5 at 1,000,000 | {peak / 2**30:.2f} | {met} | | |")
+        out.append(
+            f"| data stages, peak GiB at {largest:,} rows | ≤ 1.5 at 1,000,000 | {peak / 2**30:.2f} | {met} | | |"
+        )
     return out
 
 

@@ -355,22 +355,19 @@ def _products(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     def random_(*shape: int) -> Any:
         return torch.randn(*shape, dtype=models.compute_dtype())
 
-    layers = [
-        (
-            random_(tokens, i),
-            random_(tokens, o),
-            random_(o, i),
-            random_(rank, i),
-            random_(o, rank),
-            random_(rank, tokens),
-        )
-        for i, o in shapes
-    ]
+    def matrices(i: int, o: int) -> tuple[Any, ...]:
+        return (
+            random_(tokens, i), random_(tokens, o), random_(o, i),
+            random_(rank, i), random_(o, rank), random_(rank, tokens),
+        )  # fmt: skip
+
+    # each layer its own, as in a step: those of one layer alone would stay in the cache
+    layers = [[matrices(*shape) for shape in shapes] for _ in range(config.num_hidden_layers)]
     head = random_(round(answered), width), random_(config.vocab_size, width)
 
     def step() -> None:
-        for _ in range(config.num_hidden_layers):
-            for x, dy, weight, a, b, low in layers:
+        for layer in layers:
+            for x, dy, weight, a, b, low in layer:
                 x @ weight.t(), dy @ weight, low.t() @ b.t(), low.t() @ a, low @ x
                 fast.few_times(a, x.t()), fast.few_times(b.t(), dy.t()), low @ dy
             if rest:
