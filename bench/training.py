@@ -2,8 +2,9 @@
 
 Every figure comes from a process of its own; rounds alternate between the systems (A B C A B C …) and medians are given.
 SmolLM2-135M with LoRA r 8 on all linear layers, batches of 4, loss on the completion only, in bf16; in float32 on a CPU that
-has no products in bf16, where bf16 takes torch a hundred times longer. The first
-ten steps of a run are not counted: memory is touched for the first time in them. Rows are made of the domain's definitions, of 60 to 146 tokens, 103 in the mean, 60 % of them completion.
+has no products in bf16, where bf16 takes torch a hundred times longer. The first ten steps of a
+run are not counted: memory is touched for the first time in them. Rows are made of the domain's definitions, of 60 to 146
+tokens, 103 in the mean, 60 % of them completion.
 
 - SFT in tokens per second that are no padding, DPO in pairs per second, the reference's log-probabilities in pairs per second.
 - The products of a step alone, forward and backward, in the same units: of every token (of DPO the prompt once for both
