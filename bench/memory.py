@@ -18,13 +18,13 @@ Case = dict[str, Any]
 
 def case(
     what: str, batch: int, length: int, quantization: dict[str, Any] | None = training.NF4, *,
-    rank: int = 32, lora: dict[str, Any] | None = None, checkpointing: bool = False, fast: bool = True,
+    rank: int = 32, lora: dict[str, Any] | None = None, checkpointing: bool = False, fast: bool = True, pack: bool = False,
 ) -> Case:  # fmt: skip
     """What `growth.one` is asked for."""
     return {
         "what": what, "batch": batch, "length": length, "quantization": quantization,
         "lora": lora or {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"},
-        "reforge": {"gradient_checkpointing": checkpointing}, "train": {"fast": fast},
+        "reforge": {"gradient_checkpointing": checkpointing}, "train": {"fast": fast, "pack_weights": pack},
     }  # fmt: skip
 
 
@@ -43,6 +43,8 @@ CASES = (
     case("sft", 8, 128, checkpointing=True),
     case("sft", 16, 256, checkpointing=True),
     case("sft", 8, 256, None, checkpointing=True),
+    case("sft", 8, 128, pack=True),
+    case("sft", 8, 128, None, pack=True),
     case("sft", 8, 128, fast=False),
     case("sft", 8, 128, ONCE, checkpointing=True, fast=False),
     case("dpo", 8, 64),
@@ -81,7 +83,8 @@ def named(asked: Case) -> str:
     layers = "all" if lora["target_modules"] == "all-linear" else "q, v"
     cells = (
         asked["what"], f"{asked['batch']} × {asked['length']}", f"{lora['r']}, {layers}", memory.quantised(asked["quantization"]),
-        "yes" if asked["reforge"]["gradient_checkpointing"] else "no", "yes" if asked["train"]["fast"] else "no",
+        "yes" if asked["reforge"]["gradient_checkpointing"] else "no",
+        "packed" if asked["train"].get("pack_weights") else "yes" if asked["train"]["fast"] else "no",
     )  # fmt: skip
     return " | ".join(cells)
 

@@ -47,13 +47,14 @@ REST = "the same, and the operations between them"
 
 # work → system → settings of the process that does it; the first system is reforge, the last is TRL as it comes
 GROUPED = {"train_sampling_strategy": "group_by_length"}
+FASTEST: dict[str, Any] = {"train": {"pack_weights": True}, "tcmalloc": True}
 BEST = {"weights": DTYPE, "trl": {"gradient_checkpointing": False}}
 SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
     "sft": {
         f"reforge, {BITS}": {"reforge": GROUPED},
         "reforge, NF4": {"quantization": NF4, "reforge": GROUPED},
-        f"reforge, {BITS}, tcmalloc": {"reforge": GROUPED, "tcmalloc": True},
-        "reforge, NF4, tcmalloc": {"quantization": NF4, "reforge": GROUPED, "tcmalloc": True},
+        f"reforge, {BITS}, packed, tcmalloc": {"reforge": GROUPED, **FASTEST},
+        "reforge, NF4, packed, tcmalloc": {"quantization": NF4, "reforge": GROUPED, **FASTEST},
         f"TRL, {DTYPE} weights, no checkpointing": BEST,
         "TRL, the same, padding-free, by length, tcmalloc": {
             "weights": DTYPE, "tcmalloc": True,
@@ -65,8 +66,8 @@ SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
     "dpo": {
         f"reforge, {BITS}": {},
         "reforge, NF4": {"quantization": NF4},
-        f"reforge, {BITS}, tcmalloc": {"tcmalloc": True},
-        "reforge, NF4, tcmalloc": {"quantization": NF4, "tcmalloc": True},
+        f"reforge, {BITS}, packed, tcmalloc": FASTEST,
+        "reforge, NF4, packed, tcmalloc": {"quantization": NF4, **FASTEST},
         f"TRL, {DTYPE} weights, no checkpointing": BEST,
         "TRL, the same, reference cached, tcmalloc": {
             "weights": DTYPE, "tcmalloc": True,

@@ -19,7 +19,7 @@ PACKABLE = {f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen
 NO_LORA: dict[str, Any] = {"target_modules": []}
 SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 # `HEAD_CHUNK` of tasks.fast in elements; `HEAD_PIECE`, and bytes of each of these: a logit in 32 bits and a probability
-FAST_HEAD, FAST_PIECE, FAST_PIECE_BYTES = 1 << 23, 1 << 20, 8
+FAST_HEAD, FAST_PIECE, FAST_PIECE_BYTES = 1 << 24, 1 << 20, 8
 # `SCORE_CHUNK` of tasks.fast; bytes of an attention score, with its weight in 16 and 32 bits, in the forward pass
 FAST_SCORES, FAST_SCORES_BYTES = 1 << 25, 12
 FAST_KEPT = 1 << 21  # `KEPT_SCORES` of tasks.fast
@@ -231,7 +231,8 @@ def training(
     """
     kl = min(kl, SCORED)
     packed = packable(facts, device, section)
-    fused = packed and not (quantization or {}).get("load_in_8bit") and not lora.get("lora_dropout")
+    fusable = not (quantization or {}).get("load_in_8bit") and not lora.get("lora_dropout")
+    fused = packed and fusable
     tokens = batch.tokens if packed and not lora.get("lora_dropout") else batch.padded
     trained = adapter_parameters(facts, lora)
     kept = kept_per_token(facts, lora, device, batch.longest, packed, fused) * tokens
@@ -264,11 +265,20 @@ def training(
         Part("one layer's backward pass with its holes, or the head", int(passing)),
         *([Part("holes between activations", int(GPU_HOLES * kept))] if device.kind != "cpu" else []),
     ]  # fmt: skip
+    if device.kind == "cpu" and section.get("fast", True) and section.get("pack_weights"):
+        copies_of = lora if fusable else NO_LORA
+        parts.append(Part("packed copies of the frozen weights", packed_bytes(facts, copies_of, device, packed)))
     if tables and device.kind == "cpu":  # blocks so large find no hole, and come on top
         parts.append(Part(f"KL to the reference, {kl:,} tokens over the vocabulary", tables))
     if rest > step:
         parts.append(Part("validation beyond a step", int(rest - step)))
     return Need(tuple(parts))
+
+
+def packed_bytes(facts: dict[str, Any], lora: dict[str, Any], device: Device, head: bool) -> int:
+    """Of `pack_weights`: two copies of each adapted layer, and of the `head` where rows are packed, in what is computed in."""
+    layers = sum(width * out * count for _, width, out, count in targeted(facts, lora))
+    return 2 * device.width * int(layers + head * facts["vocabulary"] * facts["hidden_size"])
 
 
 def score_bytes(facts: dict[str, Any], batch: Batch) -> int:

@@ -21,7 +21,7 @@ import math
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ ATTENTION = "reforge_rows"
 NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}  # all of one formula
 PACKABLE = {"llama", "mistral", "qwen2", "qwen3"}  # model types proven by the tests; SOLAR and SmolLM are llama
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-HEAD_CHUNK = 1 << 23  # logits held at once, in elements
+HEAD_CHUNK = 1 << 24  # logits held at once, in elements
 HEAD_PIECE = 1 << 20  # of these, in float32 and as probabilities: few enough to stay in the cache
 KEPT_SCORES = 1 << 21  # attention weights of a layer kept for its backward pass, in elements
 SCORE_CHUNK = 1 << 25  # attention scores held at once, in elements
@@ -381,6 +381,63 @@ AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
+# --- frozen weights -------------------------------------------------------------------------------------------------
+
+
+@cache
+def packs(dtype: torch.dtype) -> bool:
+    """oneDNN multiplies by packed weights in `dtype` here."""
+    if not torch._C._has_mkldnn:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class _Frozen:
+    """x Wᵀ + b and dy W of a frozen weight W `(out, in)`.
+
+    With `pack`, both come of copies of W, each in the order in which oneDNN reads it, so that no product reorders it first;
+    of a 4-bit weight they save its dequantising as well. torch's compiler calls the same functions for frozen weights.
+
+    Args:
+        source: W in a dtype; it may last until the next one is asked for.
+    """
+
+    def __init__(self, source: Callable[[torch.dtype], Tensor], pack: bool) -> None:
+        self.source, self.pack = source, pack
+        self.packed: tuple[torch.dtype, Tensor, Tensor] | None = None
+
+    def _packed(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """For x Wᵀ and for dy W; None where W is to be taken as it is."""
+        if not self.pack or not packs(x.dtype):
+            return None
+        if self.packed is None or self.packed[0] != x.dtype:
+            weight = self.source(x.dtype)
+            both = (torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), len(x)) for w in (weight, weight.t()))
+            self.packed = x.dtype, *both
+        return self.packed[1:]
+
+    def times(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`(tokens, in)` → `(tokens, out)`."""
+        if packed := self._packed(x):
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed[0], bias, "none", [], "")
+            return out
+        weight = self.source(x.dtype)
+        return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+
+    def back(self, grad: Tensor, dx: Tensor | None = None) -> Tensor:
+        """`(tokens, out)` → `(tokens, in)`, added to `dx`, which is then gone, if there is one."""
+        if packed := self._packed(grad):
+            grad = grad.contiguous()
+            out: Tensor
+            if dx is None:
+                out = torch.ops.mkldnn._linear_pointwise(grad, packed[1], None, "none", [], "")
+            else:
+                out = torch.ops.mkldnn._linear_pointwise.binary(grad, dx, packed[1], None, "add")
+            return out
+        weight = self.source(grad.dtype)
+        return grad @ weight if dx is None else dx.addmm_(grad, weight)
+
+
 # --- LoRA layers ----------------------------------------------------------------------------------------------------
 
 
@@ -399,8 +456,8 @@ class _Lora(torch.autograd.Function):
         thin = few_times(a, x.t())  # (ranks, tokens)
         out, start = [], 0
         for layer, b in zip(layers, scaled, strict=True):
-            weight, bias = layer.weight(x.dtype), layer.base.bias
-            y = x @ weight.t() if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
+            bias = layer.base.bias
+            y = layer.frozen.times(x, None if bias is None else bias.to(x.dtype))
             out.append(y.addmm_(thin[start : start + b.shape[1]].t(), b.t()))
             start += b.shape[1]
         ctx.layers = layers
@@ -422,8 +479,7 @@ class _Lora(torch.autograd.Function):
             if need[2 * i + 1]:
                 out[2 * i + 1] = (thin[part] @ grad).t().to(ctx.dtypes[2 * i + 1]).mul_(layer.scale())
             if need_x:
-                weight = layer.weight(x.dtype)
-                dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
+                dx = layer.frozen.back(grad, dx)
             start = part.stop
         if dx is not None:
             dx.addmm_(dthin.t(), a)
@@ -466,15 +522,22 @@ class _Space:
         return self.held[:count].view(state.shape)
 
 
+def _weight(base: Any, space: _Space, dtype: torch.dtype) -> Tensor:
+    """The frozen weight `(out, in)` of a layer, dequantised if need be; then it may last until the next one is asked for."""
+    weight: Any = base.weight
+    if isinstance(base, Linear4bit):
+        weight = space.dequantize(weight.data, weight.quant_state)
+    out: Tensor = weight.detach().to(dtype)
+    return out
+
+
 class _Fused:
     """The forward pass of one LoRA layer, with those that share its input."""
 
-    def __init__(self, layer: Any, keep_dequantized: bool, space: "_Space") -> None:
+    def __init__(self, layer: Any, pack: bool, space: "_Space") -> None:
         self.layer, self.base = layer, layer.get_base_layer()
         self.own: Callable[..., Tensor] = layer.forward
-        self.space = space
-        self.keep = keep_dequantized and isinstance(self.base, Linear4bit)
-        self.kept: Tensor | None = None
+        self.frozen = _Frozen(partial(_weight, self.base, space), pack)
         self.group: list[_Fused] = [self]
         self.ready: tuple[Tensor, int, Tensor] | None = None  # input, its version, output
 
@@ -484,19 +547,6 @@ class _Fused:
     def adapter(self) -> tuple[Tensor, Tensor]:
         name = self.layer.active_adapters[0]
         return self.layer.lora_A[name].weight, self.layer.lora_B[name].weight
-
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """The frozen weight `(out, in)`, dequantised if need be; then it may last until the next one is asked for."""
-        if self.kept is not None and self.kept.dtype == dtype:
-            return self.kept
-        weight: Any = self.base.weight
-        if isinstance(self.base, Linear4bit):
-            dequantize = dequantize_4bit if self.keep else self.space.dequantize
-            weight = dequantize(weight.data, weight.quant_state)
-        weight = weight.detach().to(dtype)
-        if self.keep:
-            self.kept = weight
-        return weight  # type: ignore[no-any-return]
 
     def usable(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Nothing at hand that only peft's own forward covers."""
@@ -582,20 +632,22 @@ class _FusedNorm:
 
 
 class _LogProbs(torch.autograd.Function):
-    """log p of `targets` `(n,)` given `hidden` `(n, width)`, with d(log p)/d(hidden) made on the way; `weight` is frozen.
+    """log p of `targets` `(n,)` given `hidden` `(n, width)`, with d(log p)/d(hidden) made on the way.
 
     Returns log p, entropy, log Σ p², mean logit, and whether the target is the most likely, `(n,)` each; all but the
     first without gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, ...]:
-        step, few = max(1, HEAD_CHUNK // len(weight)), max(1, HEAD_PIECE // len(weight))
+    def forward(
+        ctx: Any, hidden: Tensor, head: _Frozen, words: int, bias: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, ...]:
+        step, few = max(1, HEAD_CHUNK // words), max(1, HEAD_PIECE // words)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        held = torch.empty(2, min(few, len(hidden)), len(weight))
+        held = torch.empty(2, min(few, len(hidden)), words)
         stats: list[list[Tensor]] = [[], [], [], [], []]
         for start in range(0, len(hidden), step):
-            low = hidden[start : start + step] @ weight.t()
+            low = head.times(hidden[start : start + step], None)
             if bias is not None:
                 low += bias
             for target, logits in zip(
@@ -619,7 +671,7 @@ class _LogProbs(torch.autograd.Function):
                 if gradient is not None:
                     logits.copy_(p.neg_().scatter_add_(1, target, torch.ones_like(at)))
             if gradient is not None:
-                torch.mm(low, weight, out=gradient[start : start + step])
+                gradient[start : start + step] = head.back(low)
         out = [torch.cat(s) if s else hidden.new_zeros(0, dtype=torch.float32) for s in stats]
         ctx.mark_non_differentiable(*out[1:])
         ctx.set_materialize_grads(False)
@@ -629,7 +681,7 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         (gradient,) = ctx.saved_tensors
-        return None if grad is None else (gradient * grad[:, None]).to(gradient.dtype), None, None, None
+        return None if grad is None else (gradient * grad[:, None]).to(gradient.dtype), None, None, None, None
 
 
 def _scored(base: Any, layout: Layout, before: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -648,7 +700,8 @@ def _scored(base: Any, layout: Layout, before: Tensor, targets: Tensor) -> tuple
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else head.weight.dtype
     bias = None if head.bias is None else head.bias.to(dtype)
     with torch.autocast("cpu", enabled=False):
-        scores: tuple[Tensor, ...] = _apply(_LogProbs, hidden.to(dtype), head.weight.to(dtype), bias, targets)
+        frozen = vars(base)["_reforge_head"]
+        scores: tuple[Tensor, ...] = _apply(_LogProbs, hidden.to(dtype), frozen, head.out_features, bias, targets)
     return scores
 
 
@@ -745,13 +798,13 @@ def _base(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def install(model: nn.Module, *, keep_dequantized: bool = False) -> list[str]:
+def install(model: nn.Module, *, pack: bool = False) -> list[str]:
     """Make `model` train and score by the faster paths of this module; returns what keeps its own path, and why.
 
     Comes after a trl trainer is made, which sets the forward that is replaced here. `uninstall` undoes it.
 
     Args:
-        keep_dequantized: keep the 16-bit copy of each 4-bit weight, which takes the memory that quantisation saved.
+        pack: multiply by packed copies of the frozen weights, two of each, made at its first product; see `_Frozen`.
     """
     uninstall(model)
     base = _base(model)
@@ -759,7 +812,7 @@ def install(model: nn.Module, *, keep_dequantized: bool = False) -> list[str]:
         return ["the model is not on a CPU: nothing changed"]
     undo: list[Callable[[], None]] = []
     base.__dict__["_reforge_undo"] = undo
-    notes = _install_lora(base, keep_dequantized, undo)
+    notes = _install_lora(base, pack, undo)
     for module in base.modules():
         if type(module).__name__ in NORMS and not module.weight.requires_grad:
             module.__dict__["forward"] = _FusedNorm(module)
@@ -770,6 +823,9 @@ def install(model: nn.Module, *, keep_dequantized: bool = False) -> list[str]:
     before = base.config._attn_implementation
     base.set_attn_implementation(ATTENTION)
     undo.append(lambda: base.set_attn_implementation(before))
+    head = base.get_output_embeddings()
+    vars(base)["_reforge_head"] = _Frozen(lambda dtype: head.weight.detach().to(dtype), pack)
+    undo.append(lambda: vars(base).pop("_reforge_head"))
     share = not any(isinstance(m, nn.Dropout) and m.p for m in base.modules())
     if not share:
         notes.append("equal beginnings of rows are not shared: the model has dropout, which differs from row to row")
@@ -805,7 +861,7 @@ def unpackable(model: nn.Module) -> list[str]:
     return _not_packable(_base(model))
 
 
-def _install_lora(base: nn.Module, keep_dequantized: bool, undo: list[Callable[[], None]]) -> list[str]:
+def _install_lora(base: nn.Module, pack: bool, undo: list[Callable[[], None]]) -> list[str]:
     others: dict[str, list[str]] = {}
     space = _Space()
     for name, parent in base.named_modules():
@@ -816,7 +872,7 @@ def _install_lora(base: nn.Module, keep_dequantized: bool, undo: list[Callable[[
             if reason := _not_fusable(layer):
                 others.setdefault(reason, []).append(f"{name}.{child}")
                 continue
-            fused[child] = _Fused(layer, keep_dequantized, space)
+            fused[child] = _Fused(layer, pack, space)
             layer.__dict__["forward"] = fused[child]
             undo.append(partial(layer.__dict__.pop, "forward"))
             undo.append(partial(vars(fused[child]).update, group=[]))  # it names itself, and would hold its layer

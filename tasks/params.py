@@ -262,10 +262,10 @@ UNPAGED = {
     "paged_adamw_8bit": "adamw_torch_fused",
     "paged_ademamix_32bit": "ademamix",
 }
-# what reforge adds to a library's section: the arguments of transformers.EarlyStoppingCallback, and whether a CPU takes
-# the faster path of tasks/fast.py
+# what reforge adds to a library's section: the arguments of transformers.EarlyStoppingCallback, whether a CPU takes
+# the faster path of tasks/fast.py, and whether that path multiplies by packed copies of the frozen weights
 ADDED: dict[str, dict[str, Any]] = {
-    section: {"early_stopping_patience": int, "early_stopping_threshold": float, "fast": bool}
+    section: {"early_stopping_patience": int, "early_stopping_threshold": float, "fast": bool, "pack_weights": bool}
     for section in ("sft", "dpo")
 }
 _PLAIN = "on a quantised base peft trains plain LoRA instead, and says nothing"

@@ -1,6 +1,7 @@
 """What `sft` and `dpo` share: arguments for a trl trainer, checkpoints to resume from, curves, and an eye on bad signs."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -155,7 +156,7 @@ def train(trainer: Any, folder: Path, given: dict[str, Any]) -> None:
         own = [path for path in re.split("[ :]", os.environ.get("LD_PRELOAD", "")) if "malloc" in path]
         kept = f"left to {Path(own[0]).name}" if own else "kept (glibc)" if fast.keep_pages() else "given back"
         print(f"cpu: {torch.get_num_threads()} threads (OMP_NUM_THREADS), freed memory is {kept}", flush=True)
-        for note in fast.install(trainer.model):
+        for note in fast.install(trainer.model, pack=given.get("pack_weights", False)):
             print(f"note: {note}", flush=True)
     resume = last_checkpoint(folder)
     if resume:
@@ -163,6 +164,7 @@ def train(trainer: Any, folder: Path, given: dict[str, Any]) -> None:
         trainer.args.eval_on_start = False  # it was done, is in the history, and would use up patience once more
     seal = _seal_of(Path(resume)) if resume else None
     trainer.add_callback(Checkpoints(trainer, seal))
+    trainer.add_callback(Steady())
     try:
         trainer.train(resume_from_checkpoint=resume)
     except AlreadyTrained:
@@ -191,6 +193,36 @@ def early_stopping(given: dict[str, Any], validated: bool) -> list[TrainerCallba
     if "early_stopping_patience" not in given or not validated:
         return []
     return [EarlyStoppingCallback(given["early_stopping_patience"], given.get("early_stopping_threshold", 0.0))]
+
+
+class Steady(TrainerCallback):
+    """Spares each step the walks over all modules of the model, whose answers stay the same while it trains.
+
+    transformers 5.23 asks for `train()`, `parameters()` (to clip and to zero gradients) and `num_parameters()` (to count operations):
+    25 ms of a step for the 2,500 modules of 30 layers with adapters, on 2 slow cores.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        parameters, base = list(model.parameters()), model.get_base_model()
+        own, last = model.train, None  # a model may say that it trains while the base in it, as loaded, does not
+
+        def train(mode: bool = True) -> Any:
+            nonlocal last
+            if mode != last:
+                own(mode)
+                last = mode
+            return model
+
+        self.steadied = model, base
+        vars(model).update({"parameters": lambda recurse=True: iter(parameters), "train": train})
+        vars(base)["num_parameters"] = functools.cache(base.num_parameters)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        model, base = self.steadied
+        for owner, name in ((model, "parameters"), (model, "train"), (base, "num_parameters")):
+            vars(owner).pop(name)
 
 
 class AlreadyTrained(Exception):

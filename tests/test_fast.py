@@ -1,5 +1,7 @@
 """The faster paths give what the plain ones give: losses, log-probabilities and every LoRA gradient."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,12 +150,50 @@ def test_log_probabilities_and_gradients(config: str) -> None:
     same(tiny(CONFIGS[config]()), lambda m: fused(m, given), lambda m: plain(m, given))
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_nf4(tmp_path: Path, keep: bool) -> None:
+@pytest.mark.parametrize("pack", [False, True])
+def test_nf4(tmp_path: Path, pack: bool) -> None:
     given = batch()
-    same(
-        tiny(CONFIGS["llama"](), tmp_path), lambda m: fused(m, given), lambda m: plain(m, given), keep_dequantized=keep
-    )
+    same(tiny(CONFIGS["llama"](), tmp_path), lambda m: fused(m, given), lambda m: plain(m, given), pack=pack)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_packed_weights(config: str) -> None:
+    """As exact, with biases too, for batches of any length after the one they were packed at."""
+    given = batch()
+    same(tiny(CONFIGS[config]()), lambda m: fused(m, given), lambda m: plain(m, given), pack=True)
+    model = tiny(CONFIGS[config]())
+    expected = [plain(model, batch(ROWS[:count])) for count in (1, len(ROWS), 2)]
+    fast.install(model, pack=True)
+    for count, wanted in zip((1, len(ROWS), 2), expected, strict=True):
+        assert distance(fused(model, batch(ROWS[:count])), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_products_of_a_packed_weight(dtype: torch.dtype) -> None:
+    """Two copies, made at the first product; the same products, and their sums, as of the weight itself."""
+    if not fast.packs(dtype):
+        pytest.skip(f"oneDNN has no packed weights in {dtype} on this CPU")
+    torch.manual_seed(0)
+    weight, bias = torch.randn(48, 32).to(dtype), torch.randn(48).to(dtype)
+    asked: list[torch.dtype] = []
+
+    def source(wanted: torch.dtype) -> Tensor:
+        asked.append(wanted)
+        return weight.to(wanted)
+
+    frozen = [fast._Frozen(source, pack) for pack in (True, False)]
+    for tokens in (7, 3, 20):
+        x, grad, dx = (torch.randn(tokens, width).to(dtype) for width in (32, 48, 32))
+        turned = grad.t().contiguous().t()
+        found, wanted = (
+            (f.times(x, None), f.times(x, bias), f.back(grad), f.back(turned), f.back(grad, dx.clone())) for f in frozen
+        )
+        for one, other in zip(found, wanted, strict=True):
+            assert distance(one, other) < (1e-5 if dtype == torch.float32 else 2**-7)
+    assert frozen[0].packed is not None
+    assert all(copy.is_mkldnn and copy.dtype == dtype for copy in frozen[0].packed[1:])
+    assert frozen[1].packed is None
+    assert len(asked) == 1 + 3 * 5  # packed: once
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -338,7 +378,8 @@ def test_every_output_of_the_head() -> None:
 def test_the_first_of_equal_logits_is_the_most_likely() -> None:
     """As argmax has it, in trl too: 16-bit logits are often equal."""
     hidden, weight = torch.eye(4), torch.tensor([[1.0, 0, 3, 0], [1, 0, 3, 2], [0, 1, 3, 2], [1, 1, 0, 2]])
-    *_, top1 = fast._LogProbs.apply(hidden.repeat(4, 1), weight, None, torch.arange(4).repeat_interleave(4))
+    head = fast._Frozen(weight.to, False)
+    *_, top1 = fast._LogProbs.apply(hidden.repeat(4, 1), head, 4, None, torch.arange(4).repeat_interleave(4))
     best = (hidden @ weight.t()).argmax(-1)
     assert top1.tolist() == [bool(best[i] == target) for target in range(4) for i in range(4)]
     assert top1.sum() == 4
@@ -541,6 +582,22 @@ def test_without_the_adapter() -> None:
         fast.install(model)
         assert distance(fused(model, given), expected) < 1e-5
     assert distance(fused(model, given), expected) > 1e-2
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_uninstall_lets_go_at_once(pack: bool) -> None:
+    """Without the garbage collector: a copy of each weight may hang on it."""
+    model = tiny(CONFIGS["llama"]())
+    fast.install(model, pack=pack)
+    fused(model, batch()).sum().backward()
+    held = [weakref.ref(vars(m)["forward"]) for m in model.modules() if "forward" in vars(m) and hasattr(m, "lora_A")]
+    assert len(held) > 10
+    gc.disable()
+    try:
+        fast.uninstall(model)
+        assert [ref for ref in held if ref() is not None] == []
+    finally:
+        gc.enable()
 
 
 def test_generation_is_the_same_and_uninstall_leaves_nothing() -> None:

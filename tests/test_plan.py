@@ -350,6 +350,34 @@ def test_kept_activations_are_those_that_autograd_keeps(
     assert said == pytest.approx(real, rel=0.03)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_packed_copies_are_two_of_each_weight(tiny: Path, facts: dict[str, Any], targets: Any) -> None:
+    import torch
+    from trl.trainer.utils import add_fused_lm_head
+
+    from tasks import fast, models
+
+    lora = LORA | {"target_modules": targets}
+    adapted = models.new_adapter(models.load(tiny, NF4, "eager"), lora, 0).train()
+    add_fused_lm_head(adapted.get_base_model(), outputs=("log_probs",))
+    assert fast.install(adapted, pack=True) == []
+    ids = torch.randint(5, 300, (2, 20))
+    width = models.compute_dtype()
+    with torch.autocast("cpu", torch.bfloat16, enabled=width == torch.bfloat16):
+        adapted(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True).loss.backward()
+    frozen = [vars(m)["forward"].frozen for m in adapted.modules() if isinstance(vars(m).get("forward"), fast._Fused)]
+    frozen.append(vars(adapted.get_base_model())["_reforge_head"])
+    real = sum(copy.numel() * copy.element_size() for f in frozen for copy in f.packed[1:])
+    here = Device("cpu", "", 0, 0, width == torch.bfloat16)
+    assert memory.packed_bytes(facts, lora, here, True) == real
+    section = {"optim": "adamw_torch_fused", "gradient_checkpointing": False}
+    plain, packed = (
+        memory.training(facts, section | given, lora, NF4, here, memory.Batch(40, 40, 20, 1)).total
+        for given in ({}, {"pack_weights": True})
+    )
+    assert packed - plain == real
+
+
 def test_tokens_of_a_batch_are_those_of_the_packed_layout() -> None:
     from tasks import fast
 

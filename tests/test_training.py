@@ -217,9 +217,76 @@ def test_a_cpu_trains_by_the_fast_paths_unless_they_are_turned_off(
 ) -> None:
     installed: list[torch.nn.Module] = []
     real = fast.install
-    monkeypatch.setattr(fast, "install", lambda model: installed.append(model) or real(model))
+    monkeypatch.setattr(fast, "install", lambda model, **how: installed.append(model) or real(model, **how))
     _sft(tiny, facts, rows, tmp_path / "one", params=given | {"max_steps": 1, "eval_strategy": "no"})
     assert len(installed) == times
+
+
+@pytest.mark.parametrize("quantization", [NF4, None])
+def test_packed_weights_train_the_same(
+    tiny: Path, facts: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: Any
+) -> None:
+    """The parameter has its effect, on every adapted layer and the head; losses differ by rounding only."""
+    made: list[fast._Frozen] = []
+    own = fast._Frozen._packed
+
+    def noted(frozen: fast._Frozen, x: torch.Tensor) -> Any:
+        made.extend([frozen] if own(frozen, x) and frozen not in made else [])
+        return own(frozen, x)
+
+    monkeypatch.setattr(fast._Frozen, "_packed", noted)
+    params = {"max_steps": 3, "eval_strategy": "no"}
+    few = _sft(tiny, facts, rows, tmp_path / "as they are", params=params, quantization=quantization)
+    assert made == []
+    many = _sft(
+        tiny, facts, rows, tmp_path / "packed", params=params | {"pack_weights": True}, quantization=quantization
+    )
+    assert len(made) == 7 * json.loads(facts.read_text())["layers"] + 1
+    assert many["loss_first"] == pytest.approx(few["loss_first"], rel=1e-2)
+    assert many["loss_last"] == pytest.approx(few["loss_last"], rel=1e-2)
+
+
+class Walks(TrainerCallback):
+    """Of each step, the walks over all modules of the model; and the modes its modules are in, then and in a validation."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now: list[str] = []
+        self.steps: list[list[str]] = []
+        self.modes: dict[str, list[set[bool]]] = {"step": [], "validation": []}
+        self.model: Any = None
+        for name in ("named_modules", "train"):
+            patch.setattr(torch.nn.Module, name, self.counted(name, getattr(torch.nn.Module, name)))
+
+    def counted(self, name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        def walk(module: Any, *args: Any, **named: Any) -> Any:
+            self.now.append(name)
+            return own(module, *args, **named)
+
+        return walk
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.now, self.model = [], model
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.steps.append([*self.now])
+        self.modes["step"].append({module.training for module in model.modules()})
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.modes["validation"].append({module.training for module in model.modules()})
+
+
+def test_a_step_walks_over_no_modules(
+    tiny: Path, facts: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What spares it neither keeps a validation from reaching every module nor outlives the training."""
+    seen, given = Walks(monkeypatch), training.early_stopping
+    monkeypatch.setattr(training, "early_stopping", lambda *named: [*given(*named), seen])
+    _sft(tiny, facts, rows, tmp_path / "one", params={"logging_steps": 2})
+    assert len(seen.steps) == 6
+    assert [walks for number, walks in enumerate(seen.steps) if number % 3] == [[]] * 4  # not the first of an epoch
+    assert seen.modes == {"step": [{True}] * 6, "validation": [{False}] * 2}
+    base = seen.model.get_base_model()
+    assert not {"parameters", "train", "num_parameters"} & ({*vars(seen.model)} | {*vars(base)})
 
 
 def test_the_best_validation_is_the_lowest() -> None:
