@@ -1,6 +1,8 @@
 """Training and scoring of reforge beside TRL, on the same rows, as ratios measured in one run.
 
-Every figure comes from a process of its own; rounds alternate between the systems (A B C A B C …) and medians are given.
+Every figure comes from a process of its own; rounds alternate between the systems (A B C A B C …) and medians are given. Of SFT all
+processes are there at once and a round is a few steps of each in its turn, the first of them not counted, since the speed of a
+virtual machine changes within minutes. (Those of DPO are too large to be there together.)
 SmolLM2-135M with LoRA r 8 on all linear layers, batches of 4, loss on the completion only, in bf16; in float32 on a CPU that
 has no products in bf16, where bf16 takes torch a hundred times longer. The first ten steps of a
 run are not counted: memory is touched for the first time in them. Rows are made of the domain's definitions, of 60 to 146
@@ -23,9 +25,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack, suppress
 from ctypes.util import find_library
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "data/base/model"
@@ -42,6 +45,8 @@ DTYPE, BITS = ("bf16", "16-bit") if BF16 else ("fp32", "32-bit")
 PAGE = ROOT / f"docs/benchmarks{'' if BF16 else '-float32'}.md"
 DEFAULTS = f"TRL, its defaults{'' if BF16 else ' but for bf16'}"
 
+TURN = "@turn"  # what a process says when its next steps wait
+TOGETHER = ("sft",)  # works whose processes fit into memory beside one another
 ONCE = "what rows share once"
 REST = "the same, and the operations between them"
 
@@ -171,25 +176,40 @@ def _model(settings: dict[str, Any]) -> Any:
 
 
 def _clock(settings: dict[str, Any]) -> Any:
-    """A callback that notes when a step ended and how many tokens it had had by then."""
+    """A callback that notes how long each step took and how many tokens it had; for each `turn` of so many steps it waits."""
     from transformers import TrainerCallback
+
+    warm, turn = settings.get("warm", WARM), settings.get("turn", 0)
 
     class Clock(TrainerCallback):
         trainer: Any = None
-        ends: list[tuple[float, float]]
+        steps: list[tuple[float, float]]
+
+        def turn(self) -> None:
+            done = len(self.steps) - warm
+            if turn and done >= 0 and done % turn == 0:
+                print(TURN, flush=True)
+                sys.stdin.readline()
+            self.began, self.before = time.perf_counter(), float(self.trainer._total_train_tokens)
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.ends = []
+            self.steps = []
+            self.turn()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.ends.append((time.perf_counter(), float(self.trainer._total_train_tokens)))
+            done = float(self.trainer._total_train_tokens) - self.before
+            self.steps.append((time.perf_counter() - self.began, done))
+            self.turn()
 
         def rate(self, each: float | None) -> float:
-            """Tokens per second after the first steps, or `each` per step."""
-            warm: int = settings.get("warm", WARM)
-            (began, before), (ended, after) = self.ends[warm - 1], self.ends[-1]
-            done = each * (len(self.ends) - warm) if each else after - before
-            return done / (ended - began)
+            """Tokens per second after the first steps, or `each` per step; the median of the rounds."""
+            counted = self.steps[warm:]
+            size = turn or len(counted)
+            rounds = [counted[start + bool(turn) : start + size] for start in range(0, len(counted), size)]
+            return statistics.median(
+                (each * len(part) if each else sum(tokens for _, tokens in part)) / sum(seconds for seconds, _ in part)
+                for part in rounds
+            )
 
     return Clock()
 
@@ -501,6 +521,69 @@ def preload_tcmalloc() -> dict[str, str]:
     return {"LD_PRELOAD": TCMALLOC}
 
 
+class Process:
+    """One system at one work; where it takes turns, it has come to its first one when this is made.
+
+    Raises:
+        SystemExit: it fails.
+    """
+
+    def __init__(self, what: str, name: str, settings: dict[str, Any], steps: int) -> None:
+        self.what, self.name = what, name
+        self.said: list[str] = []
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed below)
+        given = json.dumps({"what": what, "settings": settings, "steps": steps})
+        self.process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "bench.training", given], cwd=ROOT, text=True,
+            env=os.environ | (preload_tcmalloc() if settings.get("tcmalloc") else {}),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+        )  # fmt: skip
+        if settings.get("turn"):
+            self._until_turn()
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+    def turn(self) -> None:
+        """Its next steps."""
+        self._write()
+        self._until_turn()
+
+    def result(self) -> dict[str, Any]:
+        """What `work` found."""
+        self._write()
+        assert self.process.stdout is not None
+        self.said += self.process.stdout
+        if self.process.wait():
+            self._fail()
+        found: dict[str, Any] = json.loads(self.said[-1])
+        print(f"{self.what}: {self.name}: {found['rate']:.3g} {UNITS[self.what]}", file=sys.stderr, flush=True)
+        return found
+
+    def _write(self) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+
+    def _until_turn(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.endswith(f"{TURN}\n"):
+                return
+            self.said.append(line)
+        self._fail()
+
+    def _fail(self) -> NoReturn:
+        self.errors.seek(0)
+        raise SystemExit(f"bench: {self.what}, {self.name}:\n{''.join(self.said)}{self.errors.read()}")
+
+
 def measure(what: str, rounds: int, steps: int) -> dict[str, dict[str, float]]:
     """System → medians of `rate`, `peak` and `loss` over the rounds.
 
@@ -510,20 +593,22 @@ def measure(what: str, rounds: int, steps: int) -> dict[str, dict[str, float]]:
     if any(settings.get("tcmalloc") for settings in SYSTEMS[what].values()):
         preload_tcmalloc()
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in SYSTEMS[what]}
-    for _ in range(rounds):
-        for name, settings in SYSTEMS[what].items():
-            environment = dict(os.environ)
-            if settings.get("tcmalloc"):
-                environment |= preload_tcmalloc()
-            given = json.dumps({"what": what, "settings": settings, "steps": steps})
-            done = subprocess.run(  # noqa: S603
-                [sys.executable, "-m", "bench.training", given], cwd=ROOT, env=environment,
-                capture_output=True, text=True,
-            )  # fmt: skip
-            if done.returncode:
-                raise SystemExit(f"bench: {what}, {name}:\n{done.stdout}{done.stderr}")
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"{what}: {name}: {found[name][-1]['rate']:.3g} {UNITS[what]}", file=sys.stderr, flush=True)
+    if what in TOGETHER:
+        with ExitStack() as stack:
+            running = {
+                name: stack.enter_context(Process(what, name, settings | {"turn": 1 + steps}, rounds * (1 + steps)))
+                for name, settings in SYSTEMS[what].items()
+            }
+            for _ in range(rounds):
+                for process in running.values():
+                    process.turn()
+            for name, process in running.items():
+                found[name].append(process.result())
+    else:
+        for _ in range(rounds):
+            for name, settings in SYSTEMS[what].items():
+                with Process(what, name, settings, steps) as process:
+                    found[name].append(process.result())
     keys = ("rate", "peak", "loss")
     return {
         name: {key: statistics.median(run[key] for run in runs) for key in keys if key in runs[0]}
