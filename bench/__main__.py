@@ -133,8 +133,10 @@ def page(found: dict[str, Any], machines: dict[str, list[str]]) -> str:
     lines = [
         "# Benchmarks", "",
         "Made by `make bench`; ratios of one run on one machine. `bench/` says what each part does; each system runs in a",
-        "process of its own, in turn with the others, and the median of the rounds is given (one round is one figure). First",
-        "losses are comparable within one precision and one order of rows: grouping by length begins with other rows.", "",
+        "process of its own, in turn with the others, and the median of the rounds is given (one round is one figure). Where",
+        "a bar compares two parts, both are scaled to the same speed of reforge, which was measured in turn with either.",
+        "First losses are comparable within one precision and one order of rows: grouping by length begins with other rows.",
+        "What has tcmalloc keeps 128 compiled products of oneDNN, as reforge always does (`tasks/__init__.py`).", "",
         *ABOUT[training.BF16], "",
         *(f"- {', '.join(parts)}: {name}" for name, parts in machines.items()), "",
         "| work | bar | found | verdict | products alone | with operations |", "| --- | --- | --- | --- | --- | --- |", *bars(found, disturbed), "",
@@ -191,6 +193,12 @@ def profile(stages: dict[str, dict[str, float]]) -> list[str]:
     return [*lines, f"| all | {total:.0f} | | {' | '.join('' for _ in parts)} |"]
 
 
+def scaled(of: dict[str, Any], to: dict[str, float]) -> dict[str, Any]:
+    """Rates of another part, as they would be at the speed that the machine had when `to` was measured, by what is in both."""
+    same = to[training.BESIDE] / of[training.BESIDE] if training.BESIDE in of else 1.0
+    return {name: same * rate if isinstance(rate, float) else rate for name, rate in of.items()}
+
+
 def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
     """A line of the table for each bar whose parts were measured; `disturbed`: profile and data stages were not on an idle machine."""
     out: list[str] = []
@@ -205,9 +213,10 @@ def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
             continue
         rates = {name: figures["rate"] for name, figures in found[what].items()}
         others = [rate for name, rate in rates.items() if not name.startswith("reforge")]
-        others += [r for r in found.get("peers" if what == "sft" else "peers-dpo", {}).values() if isinstance(r, float)]
-        alone = found.get(products, {})
-        most = [alone[name]["rate"] for name in (training.ONCE, training.REST) if name in alone]
+        peer = found.get("peers" if what == "sft" else "peers-dpo", {})
+        others += [r for n, r in scaled(peer, rates).items() if n != training.BESIDE and isinstance(r, float)]
+        alone = scaled({name: figures["rate"] for name, figures in found.get(products, {}).items()}, rates)
+        most = [alone[name] for name in (training.ONCE, training.REST) if name in alone]
         against = [
             ("the fastest peer", max(others), over_peer),
             (f"TRL's{training.DEFAULTS[8:]}", rates[training.DEFAULTS], over_trl),
@@ -223,7 +232,7 @@ def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
                     limits = [limit / figure for limit in most]
                     bar(f"{what}, {name[9:]}, × {other}", f"≥ {asked}", ratio, ratio >= asked, *limits)
         if most and what == "sft":
-            every = found[products]["every token"]["rate"]
+            every = alone["every token"]
             share = rates[f"reforge, {bits}"] / every
             limits = [limit / every for limit in most]
             bar(f"sft, {bits}, share of the products of every token", "≥ 0.6", share, share >= 0.6, *limits)

@@ -9,24 +9,42 @@ since that is what they do on a CPU. All is of 32 on a CPU without products in b
 
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench.training import BASE, BATCH, BF16, DTYPE, LORA, RANK, WARM, preload_tcmalloc, rows
+from bench.training import (
+    BASE,
+    BATCH,
+    BESIDE,
+    BF16,
+    DTYPE,
+    KEPT_PRODUCTS,
+    LORA,
+    RANK,
+    TURN,
+    WARM,
+    Process,
+    beside,
+    preload_tcmalloc,
+    rows,
+    start,
+)
 
 LLAMA_FACTORY = "llamafactory==0.9.5"
 LITGPT = "litgpt==0.5.13"
 TORCHTUNE = "torchtune==0.6.1"
 AXOLOTL = "axolotl==0.19.0"
-# The start of a peer's process: notes when a step began and how many tokens it has that are no padding, whoever counts.
+# The start of a peer's process: notes when a step began and how many tokens it has that are no padding, whoever counts, and takes
+# turns as `training.Process` expects: what follows the first step of a turn is counted, up to where its last one begins.
 CLOCK = """\
 import json, sys, time
 given, begun = json.loads(sys.argv[1]), []
@@ -34,28 +52,28 @@ given, begun = json.loads(sys.argv[1]), []
 def clock(owner, step, tokens):
     once = getattr(owner, step)
     def timed(self, *arguments, **named):
+        done = len(begun) - given["warm"]
+        if done >= 0 and done % given["turn"] == 0:
+            last = begun[given["warm"]:][1 - given["turn"]:]
+            told = {"seconds": last[-1][0] - last[0][0], "steps": len(last) - 1,
+                    "tokens": sum(tokens for _, tokens in last[:-1])} if last else {}
+            print(given["word"] + json.dumps(told), flush=True)
+            sys.stdin.readline()
         begun.append((time.perf_counter(), int(tokens(*arguments))))
         return once(self, *arguments, **named)
     setattr(owner, step, timed)
-
-def tell():
-    counted = begun[given["warm"]:]
-    print(json.dumps({"seconds": counted[-1][0] - counted[0][0], "steps": len(counted) - 1,
-                      "tokens": sum(tokens for _, tokens in counted[:-1])}))
 
 """
 TRANSFORMERS = "from transformers import Trainer\nclock(Trainer, 'training_step', lambda _, batch, *__: batch['attention_mask'].sum())\n"
 FACTORY = f"""{CLOCK}{TRANSFORMERS}
 from llamafactory.train.tuner import run_exp
 run_exp(given["arguments"])
-tell()
 """
 AXES = f"""{CLOCK}{TRANSFORMERS}
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.cli.train import do_train
 do_train(load_cfg("config.json"), TrainerCliArgs())
-tell()
 """
 TUNE = f"""{CLOCK}
 import runpy, torch, torchtune
@@ -79,9 +97,33 @@ asked = OmegaConf.create(given["arguments"])
 trained = Recipe(asked)
 trained.setup(asked)
 trained.train()
-tell()
+"""
+LIT = f"""{CLOCK}
+from lightning import Fabric
+from litgpt.__main__ import main
+clock(Fabric, "backward", lambda *_: given["mean"])
+sys.argv = ["litgpt", *given["arguments"]]
+main()
 """
 Found = dict[str, float | str]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Beside whom a peer is measured, in how many turns of how many steps, of which `steps` are counted."""
+
+    anchor: Process
+    rounds: int
+    steps: int
+
+    @property
+    def each(self) -> int:
+        return self.steps + 2  # the first, and the one that only tells when the last ended
+
+    @property
+    def all(self) -> int:
+        """Steps of a peer's training: with the one before which it tells of its last turn."""
+        return WARM + self.rounds * self.each + 1
 
 
 def environment(home: Path, name: str, packages: Sequence[str], without: Sequence[str] = ()) -> Path:
@@ -142,8 +184,8 @@ def _base(folder: Path) -> Path:
     return copy
 
 
-def llama_factory(home: Path, steps: int, checkpointing: bool, stage: str = "sft") -> float:
-    """Tokens per second that are no padding, or pairs per second of `dpo`."""
+def llama_factory(home: Path, turns: Turns, checkpointing: bool, stage: str = "sft") -> list[float]:
+    """In each turn, how many times faster than reforge: in tokens that are no padding, or in pairs of `dpo`."""
     python = environment(home, "llama-factory", [LLAMA_FACTORY], ["torchvision", "torchaudio"])
     stub = next((home / "llama-factory/lib").glob("python*/site-packages")) / "torchaudio"
     stub.mkdir(exist_ok=True)  # it is imported, and does nothing for text
@@ -158,19 +200,20 @@ def llama_factory(home: Path, steps: int, checkpointing: bool, stage: str = "sft
         arguments = {
             "model_name_or_path": str(_base(folder)), "stage": stage, "do_train": True, "finetuning_type": "lora", "lora_rank": RANK,
             "lora_alpha": LORA["lora_alpha"], "lora_target": "all", "dataset": "rows", "dataset_dir": name,
-            "template": "smollm2", "cutoff_len": 512, "per_device_train_batch_size": BATCH, "max_steps": steps + WARM + 1,
+            "template": "smollm2", "cutoff_len": 512, "per_device_train_batch_size": BATCH, "max_steps": turns.all,
             "learning_rate": 2e-4, "bf16": BF16, "use_cpu": True, "report_to": "none", "output_dir": f"{name}/out",
             "logging_steps": 1, "save_strategy": "no", "disable_gradient_checkpointing": not checkpointing,
             "dataloader_pin_memory": False,
         }  # fmt: skip
         if stage == "dpo":  # against the base, by the adapter switched off
             arguments |= {"pref_loss": "sigmoid", "pref_beta": 0.1}
-        found = _clocked(python, FACTORY, arguments, folder, tcmalloc=not checkpointing)
-    return (found["tokens"] if stage == "sft" else BATCH * found["steps"]) / found["seconds"]
+        return _beside(
+            turns, stage, LLAMA_FACTORY, python, FACTORY, {"arguments": arguments}, folder, not checkpointing
+        )
 
 
-def axolotl(home: Path, steps: int) -> float:
-    """Tokens per second that are no padding; in 32 bits, and without its kernels, which are written for GPUs."""
+def axolotl(home: Path, turns: Turns) -> list[float]:
+    """As `llama_factory`; in 32 bits, and without its kernels, which are written for GPUs."""
     python = environment(home, "axolotl", [AXOLOTL])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -178,7 +221,7 @@ def axolotl(home: Path, steps: int) -> float:
         settings = {
             "base_model": str(BASE), "adapter": "lora", "lora_r": RANK, "lora_alpha": LORA["lora_alpha"],
             "lora_target_linear": True, "datasets": [{"path": "rows.jsonl", "ds_type": "json", "type": ""}],
-            "sequence_len": 512, "micro_batch_size": BATCH, "gradient_accumulation_steps": 1, "max_steps": steps + WARM + 1,
+            "sequence_len": 512, "micro_batch_size": BATCH, "gradient_accumulation_steps": 1, "max_steps": turns.all,
             "optimizer": "adamw_torch", "lr_scheduler": "cosine", "learning_rate": 2e-4, "bf16": False, "fp16": False,
             "tf32": False, "gradient_checkpointing": False, "sample_packing": False, "attn_implementation": "sdpa",
             "lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False, "lora_embedding_kernel": False,
@@ -186,12 +229,11 @@ def axolotl(home: Path, steps: int) -> float:
             "dataset_prepared_path": "prepared", "dataloader_pin_memory": False,
         }  # fmt: skip
         (folder / "config.json").write_text(json.dumps(settings))
-        found = _clocked(python, AXES, {}, folder, tcmalloc=True)
-    return found["tokens"] / found["seconds"]
+        return _beside(turns, "sft", AXOLOTL, python, AXES, {}, folder)
 
 
-def torchtune(home: Path, steps: int) -> float:
-    """Tokens per second that are no padding: the base as its Llama 3.2, which also ties the embeddings."""
+def torchtune(home: Path, turns: Turns) -> list[float]:
+    """As `llama_factory`: the base as its Llama 3.2, which also ties the embeddings."""
     python = environment(home, "torchtune", [TORCHTUNE, "torchao==0.10.0"])
     model = json.loads((BASE / "config.json").read_text())
     named = "torchtune.models.llama3_2.lora_llama3_2"
@@ -216,25 +258,29 @@ def torchtune(home: Path, steps: int) -> float:
         "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
         "metric_logger": {"_component_": "torchtune.training.metric_logging.DiskLogger", "log_dir": "logs"},
         "output_dir": "out", "device": "cpu", "dtype": DTYPE, "resume_from_checkpoint": False, "seed": 0, "shuffle": True,
-        "save_adapter_weights_only": True, "batch_size": BATCH, "epochs": 1, "max_steps_per_epoch": steps + WARM + 1,
+        "save_adapter_weights_only": True, "batch_size": BATCH, "epochs": turns.all, "max_steps_per_epoch": None,
         "gradient_accumulation_steps": 1, "clip_grad_norm": 1.0, "compile": False, "log_every_n_steps": 1,
         "log_peak_memory_stats": False, "enable_activation_checkpointing": False, "enable_activation_offloading": False,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "rows.json").write_text(json.dumps(_tokens()))
-        found = _clocked(python, TUNE, arguments, folder, tcmalloc=True)
-    return found["tokens"] / found["seconds"]
+        return _beside(turns, "sft", TORCHTUNE, python, TUNE, {"arguments": arguments}, folder)
 
 
-def litgpt(home: Path, steps: int) -> float:
-    """Tokens per second that are no padding: the rows' mean over its own time of a step."""
+def litgpt(home: Path, turns: Turns) -> list[float]:
+    """As `llama_factory`; each step is taken for one of as many tokens as the rows have in the mean."""
     python = environment(home, "litgpt", [LITGPT, "requests"])
     model = home / "litgpt-model"
-    program = str(python.with_name("litgpt"))
     if not (model / "lit_model.pth").is_file():
         shutil.copytree(BASE, model, dirs_exist_ok=True)
-        convert = [program, "convert_to_litgpt", str(model), "--model_name", "SmolLM2-135M-Instruct"]
+        convert = [
+            str(python.with_name("litgpt")),
+            "convert_to_litgpt",
+            str(model),
+            "--model_name",
+            "SmolLM2-135M-Instruct",
+        ]
         subprocess.run(convert, check=True, capture_output=True, text=True)  # noqa: S603
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -242,77 +288,84 @@ def litgpt(home: Path, steps: int) -> float:
         linear = [
             word for part in ("query", "key", "value", "projection", "mlp") for word in (f"--lora_{part}", "true")
         ]
-        command = [
-            program, "finetune_lora", str(model), "--data", "JSON", "--data.json_path", f"{name}/rows.json",
+        arguments = [
+            "finetune_lora", str(model), "--data", "JSON", "--data.json_path", f"{name}/rows.json",
             "--data.val_split_fraction", "0.05", "--data.mask_prompt", "true", "--precision", "bf16-true" if BF16 else "32-true",
             "--train.micro_batch_size", str(BATCH), "--train.global_batch_size", str(BATCH), "--train.log_interval", "1",
-            "--train.max_steps", str(steps + WARM), "--train.epochs", "1", "--eval.initial_validation", "false",
+            "--train.max_steps", str(turns.all), "--train.epochs", str(turns.all), "--eval.initial_validation", "false",
             "--eval.final_validation", "false", "--lora_r", str(RANK), "--lora_alpha", str(LORA["lora_alpha"]), *linear,
             "--out_dir", f"{name}/out",
         ]  # fmt: skip
-        said = _run(command, folder, tcmalloc=True)
-    times = [float(found) for found in re.findall(r"iter time: ([0-9.]+) ms", said)][WARM:]
-    tokens = statistics.mean(len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in rows())
-    return BATCH * tokens / (statistics.mean(times) / 1000)
+        mean = BATCH * statistics.mean(len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in rows())
+        return _beside(turns, "sft", LITGPT, python, LIT, {"arguments": arguments, "mean": mean}, folder)
 
 
-def _clocked(
-    python: Path, program: str, arguments: dict[str, Any], folder: Path, *, tcmalloc: bool
-) -> dict[str, float]:
-    """What `program` told last: `seconds`, `steps` and `tokens`."""
-    given = json.dumps({"arguments": arguments, "warm": WARM})
-    said = _run([str(python), "-c", program, given], folder, tcmalloc=tcmalloc)
-    told: dict[str, float] = json.loads(said.splitlines()[-1])
-    return told
-
-
-def _run(command: list[str], folder: Path, *, tcmalloc: bool) -> str:
-    preload = preload_tcmalloc() if tcmalloc else {}
+def _beside(
+    turns: Turns,
+    what: str,
+    name: str,
+    python: Path,
+    program: str,
+    given: dict[str, Any],
+    folder: Path,
+    tcmalloc: bool = True,
+) -> list[float]:
+    """Of `program`, in each turn: how many times faster it was than reforge. With tcmalloc, it has few compiled products too."""
+    added = preload_tcmalloc() if tcmalloc else KEPT_PRODUCTS
     quiet = {
         "HF_HUB_OFFLINE": "1", "DISABLE_VERSION_CHECK": "1", "PYTHONPATH": "", "DO_NOT_TRACK": "1", "AXOLOTL_DO_NOT_TRACK": "1",
     }  # fmt: skip
-    done = subprocess.run(  # noqa: S603
-        command, cwd=folder, env=os.environ | preload | quiet, capture_output=True, text=True, check=True, timeout=3600
-    )
-    return done.stdout
+    asked = json.dumps(given | {"warm": WARM, "turn": turns.each, "word": TURN})
+    command = [str(python), "-c", program, asked]
+    with Process(what, name, command, cwd=folder, env=os.environ | added | quiet) as process:
+        return beside(turns.anchor, process, turns.rounds, what)
 
 
 def measure(home: Path, rounds: int, steps: int) -> Found:
-    """Peer → median of SFT's tokens per second, or why there is none."""
-    return _medians(
+    """Peer → SFT's tokens per second, or why there is none."""
+    return _measured(
+        "sft",
         home,
         rounds,
+        steps,
         {
-            f"{LLAMA_FACTORY}, its defaults": lambda: llama_factory(home, steps, True),
-            f"{LLAMA_FACTORY}, no checkpointing, tcmalloc": lambda: llama_factory(home, steps, False),
-            f"{LITGPT}, {DTYPE}, tcmalloc": lambda: litgpt(home, steps),
-            f"{TORCHTUNE}, {DTYPE}, tcmalloc": lambda: torchtune(home, steps),
-            f"{AXOLOTL}, fp32, tcmalloc": lambda: axolotl(home, steps),
+            f"{LLAMA_FACTORY}, its defaults": partial(llama_factory, checkpointing=True),
+            f"{LLAMA_FACTORY}, no checkpointing, tcmalloc": partial(llama_factory, checkpointing=False),
+            f"{LITGPT}, {DTYPE}, tcmalloc": litgpt,
+            f"{TORCHTUNE}, {DTYPE}, tcmalloc": torchtune,
+            f"{AXOLOTL}, fp32, tcmalloc": axolotl,
         },
     )
 
 
 def measure_dpo(home: Path, rounds: int, steps: int) -> Found:
-    """Peer → median of DPO's pairs per second, or why there is none."""
-    return _medians(
+    """Peer → DPO's pairs per second, or why there is none."""
+    return _measured(
+        "dpo",
         home,
         rounds,
+        steps,
         {
-            f"{LLAMA_FACTORY}, its defaults": lambda: llama_factory(home, steps, True, "dpo"),
-            f"{LLAMA_FACTORY}, no checkpointing, tcmalloc": lambda: llama_factory(home, steps, False, "dpo"),
+            f"{LLAMA_FACTORY}, its defaults": partial(llama_factory, checkpointing=True, stage="dpo"),
+            f"{LLAMA_FACTORY}, no checkpointing, tcmalloc": partial(llama_factory, checkpointing=False, stage="dpo"),
         },
     )
 
 
-def _medians(home: Path, rounds: int, peers: dict[str, Callable[[], float]]) -> Found:
-    preload_tcmalloc()
+def _measured(what: str, home: Path, rounds: int, steps: int, peers: dict[str, Callable[..., list[float]]]) -> Found:
+    """Each in turn with `BESIDE`, which is in the table too: the median of its shares, times what that reached in all turns."""
     home.mkdir(parents=True, exist_ok=True)
     found: Found = {}
-    for name, run in peers.items():
-        try:
-            found[name] = statistics.median(run() for _ in range(rounds))
-        except (subprocess.SubprocessError, OSError, ValueError, LookupError) as error:
-            said = getattr(error, "stderr", None) or str(error)
-            found[name] = f"does not run here: {' '.join(str(said).split())[-300:]}"
-        print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
-    return found
+    turn = 1 + steps
+    with start(what, BESIDE, len(peers) * rounds * turn, turn) as anchor:
+        for name, run in peers.items():
+            try:
+                found[name] = statistics.median(run(home, turns=Turns(anchor, rounds, steps)))
+            except (subprocess.SubprocessError, OSError, ValueError, LookupError, SystemExit) as error:
+                said = getattr(error, "stderr", None) or str(error)
+                found[name] = f"does not run here: {' '.join(str(said).split())[-300:]}"
+            print(f"{name}: {found[name]} times {BESIDE}", file=sys.stderr, flush=True)
+        reached = statistics.median(anchor.rates(what == "dpo"))
+    return {name: ratio * reached if isinstance(ratio, float) else ratio for name, ratio in found.items()} | {
+        BESIDE: reached
+    }

@@ -1,8 +1,11 @@
 """Training and scoring of reforge beside TRL, on the same rows, as ratios measured in one run.
 
-Every figure comes from a process of its own; rounds alternate between the systems (A B C A B C …) and medians are given. Of SFT all
-processes are there at once and a round is a few steps of each in its turn, the first of them not counted, since the speed of a
-virtual machine changes within minutes. (Those of DPO are too large to be there together.)
+Every figure comes from a process of its own. The speed of a virtual machine changes within minutes, so systems take turns of a few
+steps, the first of them not counted: of SFT all are there at once, which those of DPO are too large for. They, the products and the
+peers are there one after another, each in turn with reforge at its best (`BESIDE`), and a figure is the median of how many
+times faster than reforge it was in a turn, times what reforge reached in all of them. What takes no turns, the last three
+below, alternates as a whole (A B A B …). Medians are given.
+
 SmolLM2-135M with LoRA r 8 on all linear layers, batches of 4, loss on the completion only, in bf16; in float32 on a CPU that
 has no products in bf16, where bf16 takes torch a hundred times longer. The first ten steps of a
 run are not counted: memory is touched for the first time in them. Rows are made of the domain's definitions, of 60 to 146
@@ -10,7 +13,7 @@ tokens, 103 in the mean, 60 % of them completion.
 
 - SFT in tokens per second that are no padding, DPO in pairs per second, the reference's log-probabilities in pairs per second.
 - The products of a step alone, forward and backward, in the same units: of every token (of DPO the prompt once for both
-  answers), and of those alone that are left where what rows of a batch begin with is computed once.
+  answers), and of those alone that are left where what rows of a batch begin with is computed once, by packed weights.
 - The same with the operations between them: attention's own products, norms, rotations, activations, sums and softmaxes, each
   as one of torch's functions on memory that is there: what is left to gain without writing kernels.
 - Answers in prompts per second, greedy, of 32 new tokens each: in batches as `evaluate` asks, against one at a time.
@@ -45,14 +48,19 @@ DTYPE, BITS = ("bf16", "16-bit") if BF16 else ("fp32", "32-bit")
 PAGE = ROOT / f"docs/benchmarks{'' if BF16 else '-float32'}.md"
 DEFAULTS = f"TRL, its defaults{'' if BF16 else ' but for bf16'}"
 
-TURN = "@turn"  # what a process says when its next steps wait
+TURN = "@turn "  # a process says this when its next steps wait, and after it how its last ones were
+BESIDE = f"reforge, {BITS}, packed, tcmalloc"
 TOGETHER = ("sft",)  # works whose processes fit into memory beside one another
-ONCE = "what rows share once"
+ONE_BY_ONE = {"dpo": "dpo", "products": "sft", "products-dpo": "dpo"}  # work → what `BESIDE` does meanwhile
+# TRL as it comes: oneDNN's own, where `tasks` sets fewer. At its best it has both that and tcmalloc
+KEPT_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}
+ONCE = "what rows share once, packed weights"
 REST = "the same, and the operations between them"
 
 # work → system → settings of the process that does it; the first system is reforge, the last is TRL as it comes
 GROUPED = {"train_sampling_strategy": "group_by_length"}
 FASTEST: dict[str, Any] = {"train": {"pack_weights": True}, "tcmalloc": True}
+LEAST: dict[str, Any] = {"shared": True, "pack": True}
 BEST = {"weights": DTYPE, "trl": {"gradient_checkpointing": False}}
 SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
     "sft": {
@@ -84,10 +92,9 @@ SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
         "reforge": {},
         "TRL, precompute_ref_log_probs": {"weights": DTYPE, "trl": {}},
     },
-    "products": {"every token": {}, ONCE: {"shared": True}, REST: {"shared": True, "rest": True}},
+    "products": {"every token": {}, ONCE: LEAST, REST: {**LEAST, "rest": True}},
     "products-dpo": {
-        "every token": {"pairs": True}, ONCE: {"pairs": True, "shared": True},
-        REST: {"pairs": True, "shared": True, "rest": True},
+        "every token": {"pairs": True}, ONCE: {**LEAST, "pairs": True}, REST: {**LEAST, "pairs": True, "rest": True},
     },
     "answers": {"reforge": {}, "one at a time": {"trl": {}}},
     "options": {"reforge": {}, "one at a time": {"trl": {}}},
@@ -175,6 +182,12 @@ def _model(settings: dict[str, Any]) -> Any:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
 
 
+def _wait(seconds: float, tokens: float, steps: int) -> None:
+    """Say how the last turn was, and wait for the next one."""
+    print(f"{TURN}{json.dumps({'seconds': seconds, 'tokens': tokens, 'steps': steps})}", flush=True)
+    sys.stdin.readline()
+
+
 def _clock(settings: dict[str, Any]) -> Any:
     """A callback that notes how long each step took and how many tokens it had; for each `turn` of so many steps it waits."""
     from transformers import TrainerCallback
@@ -188,8 +201,8 @@ def _clock(settings: dict[str, Any]) -> Any:
         def turn(self) -> None:
             done = len(self.steps) - warm
             if turn and done >= 0 and done % turn == 0:
-                print(TURN, flush=True)
-                sys.stdin.readline()
+                last = self.steps[warm:][1 - turn :]
+                _wait(sum(seconds for seconds, _ in last), sum(tokens for _, tokens in last), len(last))
             self.began, self.before = time.perf_counter(), float(self.trainer._total_train_tokens)
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -202,14 +215,10 @@ def _clock(settings: dict[str, Any]) -> Any:
             self.turn()
 
         def rate(self, each: float | None) -> float:
-            """Tokens per second after the first steps, or `each` per step; the median of the rounds."""
+            """Tokens per second after the first steps, or `each` per step."""
             counted = self.steps[warm:]
-            size = turn or len(counted)
-            rounds = [counted[start + bool(turn) : start + size] for start in range(0, len(counted), size)]
-            return statistics.median(
-                (each * len(part) if each else sum(tokens for _, tokens in part)) / sum(seconds for seconds, _ in part)
-                for part in rounds
-            )
+            done = each * len(counted) if each else sum(tokens for _, tokens in counted)
+            return done / sum(seconds for seconds, _ in counted)
 
     return Clock()
 
@@ -377,36 +386,46 @@ def _products(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     def random_(*shape: int) -> Any:
         return torch.randn(*shape, dtype=models.compute_dtype())
 
+    def frozen(o: int, i: int) -> fast._Frozen:
+        weight = random_(o, i)
+        return fast._Frozen(lambda _: weight, settings.get("pack", False))
+
     def matrices(i: int, o: int) -> tuple[Any, ...]:
         return (
-            random_(tokens, i), random_(tokens, o), random_(o, i),
+            random_(tokens, i), random_(tokens, o), frozen(o, i),
             random_(rank, i), random_(o, rank), random_(rank, tokens),
         )  # fmt: skip
 
     # each layer its own, as in a step: those of one layer alone would stay in the cache
     layers = [[matrices(*shape) for shape in shapes] for _ in range(config.num_hidden_layers)]
-    head = random_(round(answered), width), random_(config.vocab_size, width)
+    answers, head = random_(round(answered), width), frozen(config.vocab_size, width)
 
     def step() -> None:
         for layer in layers:
             for x, dy, weight, a, b, low in layer:
-                x @ weight.t(), dy @ weight, low.t() @ b.t(), low.t() @ a, low @ x
+                weight.times(x, None), weight.back(dy), low.t() @ b.t(), low.t() @ a, low @ x
                 fast.few_times(a, x.t()), fast.few_times(b.t(), dy.t()), low @ dy
             if rest:
                 rest()
-        logits = head[0] @ head[1].t()
+        logits = head.times(answers, None)
         if rest:
-            for few in logits.split(fast.HEAD_PIECE // config.vocab_size):
+            for few in torch.split(logits, fast.HEAD_PIECE // config.vocab_size):
                 few.copy_(torch.softmax(few.float(), -1))
-        logits @ head[1]
+        head.back(logits)
 
     rest = _between(config, tokens, BATCH * (1 + pairs)) if settings.get("rest") else None
     fast.keep_pages()
     step()
-    began = time.perf_counter()
-    for _ in range(steps):
+    last: tuple[float, float, int] = 0.0, 0.0, 0
+    for _ in range(steps // settings["turn"]):
+        _wait(*last)
         step()
-    return {"rate": (BATCH if pairs else every) * steps / (time.perf_counter() - began)}
+        began = time.perf_counter()
+        for _ in range(settings["turn"] - 1):
+            step()
+        last = time.perf_counter() - began, every * (settings["turn"] - 1), settings["turn"] - 1
+    _wait(*last)
+    return {}
 
 
 def _between(config: Any, tokens: int, count: int) -> Any:
@@ -524,22 +543,26 @@ def preload_tcmalloc() -> dict[str, str]:
 class Process:
     """One system at one work; where it takes turns, it has come to its first one when this is made.
 
+    Args:
+        what, name: of the work and the system, for errors.
+        command: its program; `arguments` go to `Popen`.
+        turns: it takes turns.
+
     Raises:
         SystemExit: it fails.
     """
 
-    def __init__(self, what: str, name: str, settings: dict[str, Any], steps: int) -> None:
+    def __init__(self, what: str, name: str, command: list[str], *, turns: bool = True, **arguments: Any) -> None:
         self.what, self.name = what, name
         self.said: list[str] = []
+        self.turns: list[dict[str, float]] = []
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed below)
-        given = json.dumps({"what": what, "settings": settings, "steps": steps})
         self.process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "bench.training", given], cwd=ROOT, text=True,
-            env=os.environ | (preload_tcmalloc() if settings.get("tcmalloc") else {}),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-        )  # fmt: skip
-        if settings.get("turn"):
+            command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, **arguments
+        )
+        if turns:
             self._until_turn()
+            self.turns.clear()  # nothing was counted yet
 
     def __enter__(self) -> "Process":
         return self
@@ -554,6 +577,10 @@ class Process:
         self._write()
         self._until_turn()
 
+    def rates(self, each: bool) -> list[float]:
+        """Of each turn so far: rows or pairs a second (`each`), or tokens."""
+        return [(BATCH * turn["steps"] if each else turn["tokens"]) / turn["seconds"] for turn in self.turns]
+
     def result(self) -> dict[str, Any]:
         """What `work` found."""
         self._write()
@@ -562,7 +589,6 @@ class Process:
         if self.process.wait():
             self._fail()
         found: dict[str, Any] = json.loads(self.said[-1])
-        print(f"{self.what}: {self.name}: {found['rate']:.3g} {UNITS[self.what]}", file=sys.stderr, flush=True)
         return found
 
     def _write(self) -> None:
@@ -574,14 +600,36 @@ class Process:
     def _until_turn(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.endswith(f"{TURN}\n"):
+            if TURN in line:
+                self.turns.append(json.loads(line.rpartition(TURN)[2]))
                 return
             self.said.append(line)
+        self.process.wait()
         self._fail()
 
     def _fail(self) -> NoReturn:
         self.errors.seek(0)
         raise SystemExit(f"bench: {self.what}, {self.name}:\n{''.join(self.said)}{self.errors.read()}")
+
+
+def start(what: str, name: str, steps: int, turn: int = 0) -> Process:
+    """A process of `SYSTEMS`, for so many steps in turns of `turn`; 0: in one go."""
+    settings = SYSTEMS[what][name] | ({"turn": turn} if turn else {})
+    given = json.dumps({"what": what, "settings": settings, "steps": steps})
+    added = preload_tcmalloc() if settings.get("tcmalloc") else KEPT_PRODUCTS if "trl" in settings else {}
+    return Process(
+        what, name, [sys.executable, "-m", "bench.training", given], turns=bool(turn), cwd=ROOT, env=os.environ | added
+    )
+
+
+def beside(anchor: Process, other: Process, rounds: int, what: str) -> list[float]:
+    """How many times faster `other` was than `anchor`, in each of `rounds` turns of both."""
+    before = len(anchor.turns)
+    for _ in range(rounds):
+        anchor.turn()
+        other.turn()
+    each = UNITS[what] == "pairs/s"
+    return [b / a for a, b in zip(anchor.rates(each)[before:], other.rates(each), strict=True)]
 
 
 def measure(what: str, rounds: int, steps: int) -> dict[str, dict[str, float]]:
@@ -590,35 +638,44 @@ def measure(what: str, rounds: int, steps: int) -> dict[str, dict[str, float]]:
     Raises:
         SystemExit: a system fails, or is measured with tcmalloc, which is not here.
     """
-    if any(settings.get("tcmalloc") for settings in SYSTEMS[what].values()):
+    if what in TOGETHER or what in ONE_BY_ONE:
         preload_tcmalloc()
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in SYSTEMS[what]}
+    each, turn = UNITS[what] == "pairs/s", 1 + steps
+    found: dict[str, dict[str, float]] = {}
     if what in TOGETHER:
         with ExitStack() as stack:
-            running = {
-                name: stack.enter_context(Process(what, name, settings | {"turn": 1 + steps}, rounds * (1 + steps)))
-                for name, settings in SYSTEMS[what].items()
-            }
+            running = {n: stack.enter_context(start(what, n, rounds * turn, turn)) for n in SYSTEMS[what]}
             for _ in range(rounds):
                 for process in running.values():
                     process.turn()
             for name, process in running.items():
-                found[name].append(process.result())
+                found[name] = process.result() | {"rate": statistics.median(process.rates(each))}
+    elif what in ONE_BY_ONE:
+        others = [name for name in SYSTEMS[what] if name != BESIDE]
+        with start(ONE_BY_ONE[what], BESIDE, len(others) * rounds * turn, turn) as anchor:
+            for name in others:
+                with start(what, name, rounds * turn, turn) as process:
+                    ratio = statistics.median(beside(anchor, process, rounds, what))
+                    found[name] = process.result() | {"rate": ratio}
+                print(f"{what}: {name}: {ratio:.3g} times {BESIDE}", file=sys.stderr, flush=True)
+            reached = statistics.median(anchor.rates(each))
+            found[BESIDE] = anchor.result() | {"rate": 1.0}
+        found = {name: found[name] | {"rate": found[name]["rate"] * reached} for name in {**SYSTEMS[what], BESIDE: 0}}
     else:
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in SYSTEMS[what]}
         for _ in range(rounds):
-            for name, settings in SYSTEMS[what].items():
-                with Process(what, name, settings, steps) as process:
-                    found[name].append(process.result())
-    keys = ("rate", "peak", "loss")
-    return {
-        name: {key: statistics.median(run[key] for run in runs) for key in keys if key in runs[0]}
-        for name, runs in found.items()
-    }
+            for name in runs:
+                with start(what, name, steps) as process:
+                    runs[name].append(process.result())
+        found = {name: {key: statistics.median(run[key] for run in of) for key in of[0]} for name, of in runs.items()}
+    for name, figures in found.items():
+        print(f"{what}: {name}: {figures['rate']:.3g} {UNITS[what]}", file=sys.stderr, flush=True)
+    return found
 
 
 def table(what: str, found: dict[str, dict[str, float]]) -> str:
     """As Markdown; ratios are to the last system, TRL's defaults or one at a time."""
-    trained = "loss" in next(iter(found.values()))
+    trained = all("loss" in figures for figures in found.values())
     *_, last = found.values()
     lines = [
         f"| {what} | {UNITS[what]} | × the last row | peak, GiB |{' first loss |' if trained else ''}",

@@ -234,9 +234,10 @@ def multiple_choice(
     template: Template,
     seed: int,
 ) -> None:
-    """Adds `correct` (0 or 1) and the `chance` of it, a hash of the `options`, and `nll` (nats per token of the reference answer) to the items.
+    """Adds to the items what the likelihoods say.
 
-    What all options begin with is no part of the choice.
+    That is `correct` (0 or 1) and the `chance` of it, a hash of the `options`, and `nll` (nats per token of the reference
+    answer). What all options begin with is no part of the choice.
 
     Raises:
         UserError: a score is no finite number.
@@ -298,10 +299,10 @@ def scored(rows: list[dict[str, Any]], texts: list[str], metrics: list[str]) -> 
     """The scores of each row's answer, by name.
 
     `declined` says that the answer admits not to know; `terms_used` is the share of a term's clinical and everyday name
-    that it says, of those that the question does not; `scripted` the share of its sentences that the composed pairs teach word for word. The rest comes from the
-    modules that `metrics` names. `kindness` and `valence` are of the answer without the words of its subject, since
-    "pain" is no unkind word there, and `kindness_apart` is of that without `scripted` sentences too. A module that takes
-    `questions` is given them.
+    that it says, of those that the question does not; `scripted` the share of its sentences that the composed pairs teach
+    word for word. The rest comes from the modules that `metrics` names. `kindness` and `valence` are of the answer without
+    the words of its subject, since "pain" is no unkind word there, and `kindness_apart` is of that without `scripted`
+    sentences too. A module that takes `questions` is given them.
 
     Raises:
         UserError: a module that gives one score for all answers, or no finite number, or by a name that is taken.

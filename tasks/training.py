@@ -152,10 +152,17 @@ def train(trainer: Any, folder: Path, given: dict[str, Any]) -> None:
     The adapter is trained in float32, and on a CPU by the paths of `tasks.fast`, unless `given` turns them off.
     """
     models.adapter_float32(trainer.model)
+    if reason := _unpacked(given, torch.bfloat16 if trainer.args.bf16 else torch.float32):
+        print(f"note: pack_weights has no effect: {reason}", flush=True)
     if given.get("fast", True) and models.device().type == "cpu":
         own = [path for path in re.split("[ :]", os.environ.get("LD_PRELOAD", "")) if "malloc" in path]
         kept = f"left to {Path(own[0]).name}" if own else "kept (glibc)" if fast.keep_pages() else "given back"
-        print(f"cpu: {torch.get_num_threads()} threads (OMP_NUM_THREADS), freed memory is {kept}", flush=True)
+        products = os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]
+        print(
+            f"cpu: {torch.get_num_threads()} threads (OMP_NUM_THREADS), freed memory is {kept}, "
+            f"{products} compiled products (ONEDNN_PRIMITIVE_CACHE_CAPACITY)",
+            flush=True,
+        )
         for note in fast.install(trainer.model, pack=given.get("pack_weights", False)):
             print(f"note: {note}", flush=True)
     resume = last_checkpoint(folder)
@@ -180,6 +187,17 @@ def train(trainer: Any, folder: Path, given: dict[str, Any]) -> None:
         "tokens_per_second": None if resume or not runtime else round(tokens / runtime, 1),
         "resumed_from": resume,
     }
+
+
+def _unpacked(given: dict[str, Any], dtype: torch.dtype) -> str | None:
+    """Why `pack_weights` has no effect where products are in `dtype`; None if it has one, or is not asked for."""
+    if not given.get("pack_weights"):
+        return None
+    if (kind := models.device().type) != "cpu":
+        return f"it is for a CPU, and the device is {kind}"
+    if not given.get("fast", True):
+        return "`fast` is off"
+    return None if fast.packs(dtype) else f"oneDNN multiplies by no packed weights in {dtype} here"
 
 
 def clear(folder: Path) -> None:

@@ -62,7 +62,7 @@ def test_no_secret_of_the_environment_is_in_any_file_of_a_flow(tmp_path: Path) -
 def test_telemetry_is_off_by_default() -> None:
     """In stages, in `make`, and for `dvc` run by hand."""
     assert run("dvc config core.analytics && dvc config core.check_update", ROOT).stdout.split() == ["false", "false"]
-    assert tasks.QUIET["HF_HUB_DISABLE_TELEMETRY"] == tasks.QUIET["DO_NOT_TRACK"] == "1"
+    assert tasks.ENVIRONMENT["HF_HUB_DISABLE_TELEMETRY"] == tasks.ENVIRONMENT["DO_NOT_TRACK"] == "1"
 
 
 def test_the_tiny_pipeline_and_its_flow_without_a_network(pipeline: Path, tmp_path: Path) -> None:

@@ -157,14 +157,34 @@ def test_nothing_phones_home_unless_the_user_says_otherwise() -> None:
     code = (
         "import os, runpy, tasks; runpy.run_module('tasks.sft', run_name='probe')\n"
         "from huggingface_hub import constants\n"
-        "print(constants.HF_HUB_DISABLE_TELEMETRY, *(os.environ[name] for name in tasks.QUIET))"
+        "print(constants.HF_HUB_DISABLE_TELEMETRY, *(os.environ[name] for name in tasks.ENVIRONMENT))"
     )
-    bare = ["env", *(f"--unset={name}" for name in tasks.QUIET)]
+    bare = ["env", *(f"--unset={name}" for name in tasks.ENVIRONMENT)]
     for given, said in (
-        ([], "True 1 1 false warning :4096:8"),
-        (["TRANSFORMERS_VERBOSITY=info"], "True 1 1 false info :4096:8"),
+        ([], "True 1 1 false warning :4096:8 128"),
+        (["TRANSFORMERS_VERBOSITY=info"], "True 1 1 false info :4096:8 128"),
     ):
         assert run([*bare, *given, sys.executable, "-c", code], ROOT).stdout.splitlines()[-1] == said
+
+
+@pytest.mark.skipif(not torch._C._has_mkldnn, reason="this torch has no oneDNN")
+@pytest.mark.parametrize(
+    ("given", "last"), [([], "cache_miss"), (["ONEDNN_PRIMITIVE_CACHE_CAPACITY=1024"], "cache_hit")]
+)
+def test_few_compiled_products_are_kept(given: list[str], last: str) -> None:
+    """Of 200 numbers of rows oneDNN has forgotten the first one, unless the user has it keep more."""
+    code = (
+        "import tasks, torch\n"
+        "weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(8, 8), 1)\n"
+        "for rows in (*range(1, 200), 1):\n"
+        "    torch.ops.mkldnn._linear_pointwise(torch.ones(rows, 8), weight, None, 'none', [], '')"
+    )
+    bare = ["env", "--unset=ONEDNN_PRIMITIVE_CACHE_CAPACITY", "ONEDNN_VERBOSE=profile_create", *given]
+    said = run([*bare, sys.executable, "-c", code], ROOT).stdout.splitlines()
+    products = [line.split(",")[3].partition(":")[2] for line in said if ",inner_product," in line]
+    assert len(products) == 200
+    assert products[:199] == ["cache_miss"] * 199
+    assert products[-1] == last
 
 
 def _slow(folder: Path, *, imports: float = 0.0) -> None:

@@ -246,6 +246,19 @@ def test_packed_weights_train_the_same(
     assert many["loss_last"] == pytest.approx(few["loss_last"], rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("params", "said"), [({"fast": False}, "`fast` is off"), ({}, "oneDNN multiplies by no packed")]
+)
+def test_packing_without_effect_says_so(
+    tiny: Path, facts: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], params: dict[str, Any], said: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(fast, "packs", lambda dtype: False)
+    few = {"max_steps": 1, "eval_strategy": "no", "pack_weights": True}
+    _sft(tiny, facts, rows, tmp_path / "out", params=few | params)
+    assert f"note: pack_weights has no effect: {said}" in capsys.readouterr().out
+
+
 class Walks(TrainerCallback):
     """Of each step, the walks over all modules of the model; and the modes its modules are in, then and in a validation."""
 
