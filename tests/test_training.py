@@ -87,7 +87,9 @@ def _sft(tiny: Path, facts: Path, rows: Path, out: Path, **changes: Any) -> dict
 @pytest.fixture(scope="module")
 def trained(tiny: Path, facts: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sft") / "one"
-    _sft(tiny, facts, rows, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(out.parent)  # two workers would have the same checkpoints
+        _sft(tiny, facts, rows, out)
     return out
 
 
