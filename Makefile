@@ -63,7 +63,7 @@ diff: setup ## one page of what changed since REV=HEAD (to TO=…, default: the 
 experiments: setup ## named experiments of experiments.yaml, to pages in docs/experiments: NAME=beta (default: all), WORKERS=1
 	python -m flows.experiments $(NAME) $(if $(WORKERS),--workers '$(WORKERS)')
 
-bench: setup ## reforge beside its peers, to docs/benchmarks.md (-float32.md on a CPU without bf16): PART="sft dpo" (default: all, about an hour)
+bench: setup ## reforge beside its peers, to docs/benchmarks.md (-float32.md on a CPU without bf16): PART="sft dpo" (default: all, some hours)
 	python -m bench $(PART)
 
 # What only tests need of the system: a browser, an SSH server, `ss`. Tests without theirs are skipped and say so.

@@ -1,6 +1,6 @@
 """Measure reforge beside its peers, and write docs/benchmarks.md.
 
-    python -m bench                      # everything, on a machine that does nothing else; about an hour on two cores
+    python -m bench                      # everything, on a machine that does nothing else; some hours on two cores
     python -m bench sft dpo              # these parts again; the others as they were measured last
     python -m bench data --rows 10000 100000
 

@@ -365,6 +365,8 @@ def _measured(what: str, home: Path, rounds: int, steps: int, peers: dict[str, C
                 said = getattr(error, "stderr", None) or str(error)
                 found[name] = f"does not run here: {' '.join(str(said).split())[-300:]}"
             print(f"{name}: {found[name]} times {BESIDE}", file=sys.stderr, flush=True)
+        if not anchor.turns:  # none runs here
+            return found
         reached = statistics.median(anchor.rates(what == "dpo"))
     return {name: ratio * reached if isinstance(ratio, float) else ratio for name, ratio in found.items()} | {
         BESIDE: reached

@@ -3,8 +3,11 @@
 Every figure comes from a process of its own. The speed of a virtual machine changes within minutes, so systems take turns of a few
 steps, the first of them not counted: of SFT all are there at once, which those of DPO are too large for. They, the products and the
 peers are there one after another, each in turn with reforge at its best (`BESIDE`), and a figure is the median of how many
-times faster than reforge it was in a turn, times what reforge reached in all of them. What takes no turns, the last three
-below, alternates as a whole (A B A B …). Medians are given.
+times faster than reforge it was in a turn, times what reforge reached in all of them. What takes no turns (the
+reference, answers, options) alternates as a whole (A B A B …), and its median is given.
+
+TRL and the other peers have the allocator and the environment that they come with, but at their best tcmalloc and few compiled products
+of oneDNN, which is what reforge sets for itself (`tasks`).
 
 SmolLM2-135M with LoRA r 8 on all linear layers, batches of 4, loss on the completion only, in bf16; in float32 on a CPU that
 has no products in bf16, where bf16 takes torch a hundred times longer. The first ten steps of a
@@ -52,7 +55,7 @@ TURN = "@turn "  # a process says this when its next steps wait, and after it ho
 BESIDE = f"reforge, {BITS}, packed, tcmalloc"
 TOGETHER = ("sft",)  # works whose processes fit into memory beside one another
 ONE_BY_ONE = {"dpo": "dpo", "products": "sft", "products-dpo": "dpo"}  # work → what `BESIDE` does meanwhile
-# TRL as it comes: oneDNN's own, where `tasks` sets fewer. At its best it has both that and tcmalloc
+# oneDNN's own, for peers as they come
 KEPT_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}
 ONCE = "what rows share once, packed weights"
 REST = "the same, and the operations between them"
@@ -660,7 +663,10 @@ def measure(what: str, rounds: int, steps: int) -> dict[str, dict[str, float]]:
                 print(f"{what}: {name}: {ratio:.3g} times {BESIDE}", file=sys.stderr, flush=True)
             reached = statistics.median(anchor.rates(each))
             found[BESIDE] = anchor.result() | {"rate": 1.0}
-        found = {name: found[name] | {"rate": found[name]["rate"] * reached} for name in {**SYSTEMS[what], BESIDE: 0}}
+        found = {
+            name: found[name] | {"rate": found[name]["rate"] * reached}
+            for name in dict.fromkeys([*SYSTEMS[what], BESIDE])
+        }
     else:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in SYSTEMS[what]}
         for _ in range(rounds):
