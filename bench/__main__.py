@@ -44,8 +44,9 @@ AFTER_DPO = ("dpo", "merge", "evaluate@dpo", "report")
 LARGEST = """\
 Start is imports and params, load is models, tokenizers and tables. The largest, and what was done about them: `sft` and `dpo`
 train by `tasks/fast.py` (rows without padding, shared beginnings once, one function for each LoRA layer and norm, a head
-that keeps no logits; the reference comes from `reference`); `evaluate` answers in batches of like length and scores the
-options of a question together, and each of its three instances reruns only for its own model."""
+that keeps no logits; the reference comes from `reference`); `evaluate` answers in batches of like length by
+`tasks/decode.py` (rows leave when they end, keys and values have place for the next token, weights as oneDNN reads them, no
+copies of the head), scores the options of a question together, and each of its three instances reruns only for its own model."""
 
 
 def main(arguments: list[str] | None = None) -> int:

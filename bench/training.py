@@ -19,7 +19,8 @@ tokens, 103 in the mean, 60 % of them completion.
   answers), and of those alone that are left where what rows of a batch begin with is computed once, by packed weights.
 - The same with the operations between them: attention's own products, norms, rotations, activations, sums and softmaxes, each
   as one of torch's functions on memory that is there: what is left to gain without writing kernels.
-- Answers in prompts per second, greedy, of 32 new tokens each: in batches as `evaluate` asks, against one at a time.
+- Answers in prompts per second, greedy, of 32 new tokens each: in batches as `evaluate` asks, against transformers' own
+  `generate`, of as many and of one at a time.
 - Options in prompts per second: log-likelihood of four answers to one question, scored together against one at a time.
 """
 
@@ -99,7 +100,7 @@ SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
     "products-dpo": {
         "every token": {"pairs": True}, ONCE: {**LEAST, "pairs": True}, REST: {**LEAST, "pairs": True, "rest": True},
     },
-    "answers": {"reforge": {}, "one at a time": {"trl": {}}},
+    "answers": {"reforge": {}, "transformers, 64 at a time": {"trl": {}, "batch": 64}, "one at a time": {"trl": {}, "batch": 1}},
     "options": {"reforge": {}, "one at a time": {"trl": {}}},
 }  # fmt: skip
 # where bf16 is slow, TRL as it comes takes minutes for a step: by itself, and few of them
@@ -495,11 +496,25 @@ def _answers(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     from tasks import decode, models, render
 
     model, tokenizer = models.load(BASE, None), render.load_tokenizer(BASE)
-    prompts = [row["prompt_ids"] for row in rows()[: 8 if "trl" in settings else 64]]
-    forced = {"min_new_tokens": 32}  # all do the same work
-    decode.generate(model, tokenizer, prompts[:1], forced, 32, 1)
+    size = settings.get("batch", 64)
+    prompts = [row["prompt_ids"] for row in rows()[: 8 if size == 1 else 64]]
+    forced: dict[str, Any] = {"min_new_tokens": 32}  # all do the same work
+
+    def answer(prompts: list[list[int]]) -> None:
+        if "trl" not in settings:
+            decode.generate(model, tokenizer, prompts, forced, 32, size)
+            return
+        for group in models.batches([len(prompt) for prompt in prompts], size):
+            asked = [prompts[i] for i in group]
+            model.generate(
+                input_ids=models.pad(asked, tokenizer.pad_token_id, at=0),
+                attention_mask=models.pad([[1] * len(prompt) for prompt in asked], 0, at=0),
+                max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id, **forced,
+            )  # fmt: skip
+
+    answer(prompts[:1])
     began = time.perf_counter()
-    decode.generate(model, tokenizer, prompts, forced, 32, 1 if "trl" in settings else 64)
+    answer(prompts)
     return {"rate": len(prompts) / (time.perf_counter() - began)}
 
 

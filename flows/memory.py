@@ -23,6 +23,7 @@ FAST_HEAD, FAST_PIECE, FAST_PIECE_BYTES = 1 << 24, 1 << 20, 8
 # `SCORE_CHUNK` of tasks.fast; bytes of an attention score, with its weight in 16 and 32 bits, in the forward pass
 FAST_SCORES, FAST_SCORES_BYTES = 1 << 25, 12
 FAST_KEPT = 1 << 21  # `KEPT_SCORES` of tasks.fast
+PACKED_MOST, ROOM = 1 << 29, 64  # of tasks.decode: weights of a model that are packed, tokens beyond those in the cache
 SCORED = 1024  # of tasks.models: tokens whose logits are held at once where rows are not packed
 # trl's tile (tokens, vocabulary); bytes of an element with Triton (the gradient in place), and with torch operations
 # (trl/kernels/chunked_logprob.py, `_backward_tile`)
@@ -358,16 +359,22 @@ def largest(facts: dict[str, Any]) -> int:
 
 
 def generating(facts: dict[str, Any], device: Device, batch: int, prompt: int, new: int) -> list[Part]:
-    """KV cache of `batch` rows of prompt and answer, one layer of their prompts, and the logits of one position each."""
-    length, tokens, w = prompt + new, batch * prompt, device.width
+    """KV cache of `batch` rows of prompt and answer, one layer of their prompts, and the logits of one position each.
+
+    On a CPU the cache has place for more, and a small model in 16 bits has a copy of its linear layers.
+    """
+    length, tokens, w = prompt + new + ROOM * (device.kind == "cpu"), batch * prompt, device.width
     hidden, shape = facts["hidden_size"], facts["attention"]
+    linear = facts["linear_parameters"] + facts["vocabulary"] * hidden
+    copied = device.kind == "cpu" and w == 2 and linear <= PACKED_MOST
     # what is alive at once: a layer's input, its norm in float32, and the MLP or the attention
     most = max(3 * (facts["intermediate_size"] or 4 * hidden), 4 * shape["heads"] * shape["head_dim"])
     layer = (w * hidden + 4 * hidden + w * most) * tokens
     return [
         Part(f"one layer of {tokens:,} tokens of prompts", layer),
-        Part(f"KV cache, {batch} × {length} tokens", facts["kv_cache_bytes_per_token"] * batch * length),
+        Part(f"KV cache, {batch} × {length} tokens", facts["kv_cache_bytes_per_token"] * w // 2 * batch * length),
         Part("logits", 6 * batch * facts["vocabulary"]),
+        *([Part("packed copies of the linear layers", w * linear)] if copied else []),
     ]
 
 

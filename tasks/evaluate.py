@@ -556,7 +556,7 @@ def lm_eval(model: Any, tokenizer: Any, folder: Path, params: Evaluate, seed: in
         )
     wrapped = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=params.batch_size)
     try:
-        with offline():
+        with offline(), decode.few_rows(model):
             done = harness.simple_evaluate(
                 model=wrapped, tasks=list(asked.tasks), task_manager=manager, num_fewshot=asked.num_fewshot, limit=asked.limit,
                 log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
+from transformers.cache_utils import DynamicLayer
 
-from tasks import decode, models, render
+from tasks import decode, fast, models, render
 
 
 def _windowed(vocabulary: int) -> Any:
@@ -107,7 +108,7 @@ def test_what_all_prompts_begin_with_is_computed_once(
         return answers, sum(seen)
 
     found, fewer = computed()
-    monkeypatch.setattr(decode, "_opening", lambda *_: (0, None))
+    monkeypatch.setattr(decode, "_opening", lambda *_: 0)
     wanted, every = computed()
     assert found == wanted
     assert every - fewer == (2 * opening if shares else 0)
@@ -124,9 +125,72 @@ def test_few_rows_are_the_same_products(tiny: Path) -> None:
             torch.testing.assert_close(layer(x), plain(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
         assert "forward" in vars(layer)
     assert "forward" not in vars(layer)
+
+
+@pytest.mark.skipif(not fast.packs(torch.bfloat16), reason="a CPU whose oneDNN has no products in bf16")
+def test_few_rows_in_16_bits_are_equal(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     half = models.load(tiny, None).to(torch.bfloat16)
-    with decode.few_rows(half):
-        assert not [module for module in half.modules() if "forward" in vars(module)]
+    layers = [half.model.layers[0].mlp.down_proj, half.lm_head]
+    layers[0].bias = torch.nn.Parameter(torch.randn(layers[0].out_features, dtype=torch.bfloat16))
+    packed: list[int] = []
+    real = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, *rest: packed.append(len(x)) or real(x, *rest))
+    with torch.no_grad():
+        for most in (decode.PACKED_MOST, 1):
+            monkeypatch.setattr(decode, "PACKED_MOST", most)
+            with decode.few_rows(half):
+                for layer in layers:
+                    for shape in ((1, 1), (5, 1), (3, 40), (3, 50)):
+                        x = torch.randn(shape[0], 2 * shape[1], layer.in_features).bfloat16()[:, -shape[1] :]
+                        wanted = torch.nn.functional.linear(x.contiguous(), layer.weight, layer.bias)
+                        assert torch.equal(layer(x), wanted)
+    assert packed == [5, 120] * 2  # of the model that is small enough
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_tokens_of_prompts_are_one_product_with_the_head(tiny: Path, dtype: torch.dtype) -> None:
+    model = models.load(tiny, None).to(dtype)
+
+    def batched() -> list[str]:
+        """Products of batches that have the head's weight in them, once for each row."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+            model.generate(input_ids=torch.full((4, 6), 5), attention_mask=torch.ones(4, 6), max_new_tokens=2)
+        products = [event for event in profile.events() if event.name == "aten::bmm"]
+        return [str(e.input_shapes) for e in products if any(model.vocab_size in shape for shape in e.input_shapes)]
+
+    with decode.few_rows(model):
+        assert not batched()
+    assert batched()  # else torch or transformers do without, and so can `few_rows`
+
+
+def test_a_cache_with_places_holds_what_one_without_does() -> None:
+    torch.manual_seed(0)
+    roomy, plain = decode.Roomy(), DynamicLayer()
+    at: set[int] = set()
+
+    def update(rows: int, tokens: int) -> None:
+        new = torch.randn(rows, 2, tokens, 3), torch.randn(rows, 2, tokens, 3)
+        for found, wanted in zip(roomy.update(*new), plain.update(*new), strict=True):
+            assert torch.equal(found, wanted)
+        assert roomy.get_seq_length() == plain.get_seq_length()
+        at.add(roomy.keys.data_ptr())
+
+    def both(name: str, argument: Any) -> None:
+        for layer in (roomy, plain):
+            getattr(layer, name)(argument)
+
+    update(1, 5)
+    both("batch_repeat_interleave", 4)
+    update(4, 3)
+    at.clear()
+    for _ in range(decode.ROOM):
+        update(4, 1)
+    assert len(at) == 1  # nothing moved
+    update(4, 1)
+    both("batch_select_indices", torch.tensor([0, 3]))
+    update(2, 1)
+    both("crop", -2)
+    update(2, decode.ROOM + 7)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +208,7 @@ def test_what_needs_all_rows_keeps_them(
     model = models.load(tiny, None)
     asked: list[Any] = []
     real = model.generate
-    monkeypatch.setattr(model, "generate", lambda **named: asked.append(named["custom_generate"]) or real(**named))
+    monkeypatch.setattr(model, "generate", lambda **named: asked.append(named.get("custom_generate")) or real(**named))
     decode.generate(model, tokenizer, [[3, 4, 5]], given, 4, 1)
     assert asked == [None if own else decode.without_ended]
 

@@ -399,7 +399,7 @@ def test_constants_are_those_of_the_stages() -> None:
     """The plan loads no torch, so it can't ask them itself."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
-    from tasks import dpo, fast, merge, models, pair
+    from tasks import decode, dpo, fast, merge, models, pair
 
     assert {CLASSES[kind] for kind in fast.PACKABLE} == memory.PACKABLE
     assert (fast.HEAD_CHUNK, fast.HEAD_PIECE, fast.SCORE_CHUNK) == (
@@ -408,6 +408,7 @@ def test_constants_are_those_of_the_stages() -> None:
         memory.FAST_SCORES,
     )
     assert (fast.KEPT_SCORES, models.SCORED) == (memory.FAST_KEPT, memory.SCORED)
+    assert (decode.PACKED_MOST, decode.ROOM) == (memory.PACKED_MOST, memory.ROOM)
     assert (pair.BATCH, pair.NEW_TOKENS) == (plan.PAIR_BATCH, plan.PAIR_TOKENS)
     assert dpo.KL_BATCH == plan.DPO_BATCH
     assert (merge.BATCH, merge.MOST_TOKENS) == (plan.MERGE_BATCH, plan.MERGE_TOKENS)
@@ -439,6 +440,23 @@ def test_what_dpo_compares_is_bounded(facts: dict[str, Any]) -> None:
 
     assert tables(100) == 20 * 100 * facts["vocabulary"]
     assert tables(4000) == tables(memory.SCORED) == 20 * memory.SCORED * facts["vocabulary"]
+
+
+def test_what_answers_take_follows_the_device(facts: dict[str, Any]) -> None:
+    linear = facts["linear_parameters"] + facts["vocabulary"] * facts["hidden_size"]
+    cache = facts["kv_cache_bytes_per_token"]  # in 16 bits
+
+    def parts(facts: dict[str, Any], kind: memory.Kind, bf16: bool = True) -> dict[str, int]:
+        device = Device(kind, "test", GIB, GIB, bf16=bf16)
+        return {p.name.split(",")[0]: p.bytes for p in memory.generating(facts, device, 4, 10, 6)}
+
+    small = parts(facts, "cpu")
+    assert small["packed copies of the linear layers"] == 2 * linear
+    assert small["KV cache"] == 4 * (16 + memory.ROOM) * cache
+    assert parts(facts, "cpu", bf16=False)["KV cache"] == 2 * small["KV cache"]
+    assert parts(facts, "cuda")["KV cache"] == 4 * 16 * cache
+    for without in (parts(big(), "cpu"), parts(facts, "cpu", bf16=False), parts(facts, "cuda")):
+        assert "packed copies of the linear layers" not in without
 
 
 def test_optimizers() -> None:
