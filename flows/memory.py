@@ -35,9 +35,9 @@ PROCESS = 631 * MIB  # resident after imports (565), and the libraries that the 
 SLACK = 180 * MIB  # what the allocator holds beyond what is in use, after loading and quantising
 # activations of one layer that its backward pass and the holes in the heap take, which `fast.keep_pages` never gives back;
 # without a backward pass there are as many holes, see docs/plan.md
-HELD = 12.5
+HELD = 6.0
 # oneDNN's compiled products: for each new batch shape, and for all that it keeps (`tasks.ENVIRONMENT`)
-KERNELS, KERNELS_MOST = 20 * MIB, 131 * MIB
+KERNELS, KERNELS_MOST = 20 * MIB, 309 * MIB
 # NVIDIA's context and PyTorch's caching allocator: a usual allowance, not measured
 CONTEXT, GPU_HOLES = 500 * MIB, 0.1
 
