@@ -314,7 +314,9 @@ def test_a_closed_terminal_ends_the_server_of_make_ui(tmp_path: Path) -> None:
     port = server.free_port()
     repo = small.make(tmp_path / "repo")
     command = [sys.executable, "-m", "flows.serve", "--start-server", "--port", str(port)]
+    kept = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under `nohup` children ignore it too
     process = small.start(command, repo, PREFECT_HOME=str(tmp_path / "home"), PREFECT_API_URL="")
+    signal.signal(signal.SIGHUP, kept)
     try:
         server.wait_healthy(f"http://127.0.0.1:{port}", process)
         os.killpg(process.pid, signal.SIGHUP)
