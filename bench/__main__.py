@@ -218,8 +218,9 @@ def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
         others += [r for n, r in scaled(peer, rates).items() if n != training.BESIDE and isinstance(r, float)]
         alone = scaled({name: figures["rate"] for name, figures in found.get(products, {}).items()}, rates)
         most = [alone[name] for name in (training.ONCE, training.REST) if name in alone]
+        fastest = "the fastest peer"
         against = [
-            ("the fastest peer", max(others), over_peer),
+            (fastest, max(others), over_peer),
             (f"TRL's{training.DEFAULTS[8:]}", rates[training.DEFAULTS], over_trl),
         ]
         for name, figures in found.get(f"{what}-bf16", {}).items():
@@ -228,7 +229,7 @@ def bars(found: dict[str, Any], disturbed: bool) -> list[str]:
         best = [name for name in ours if "tcmalloc" in name] or ours  # as peers at their best have it
         for name in ours:
             for other, figure, asked in against:
-                if name in best or figure != max(others):
+                if name in best or other != fastest:
                     ratio = rates[name] / figure
                     limits = [limit / figure for limit in most]
                     bar(f"{what}, {name[9:]}, × {other}", f"≥ {asked}", ratio, ratio >= asked, *limits)

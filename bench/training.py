@@ -27,12 +27,15 @@ tokens, 103 in the mean, 60 % of them completion.
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from ctypes.util import find_library
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,6 +56,7 @@ PAGE = ROOT / f"docs/benchmarks{'' if BF16 else '-float32'}.md"
 DEFAULTS = f"TRL, its defaults{'' if BF16 else ' but for bf16'}"
 
 TURN = "@turn "  # a process says this when its next steps wait, and after it how its last ones were
+PATIENCE = 3600.0  # seconds that a process may take for what it is asked before it is taken for one that hangs
 BESIDE = f"reforge, {BITS}, packed, tcmalloc"
 TOGETHER = ("sft",)  # works whose processes fit into memory beside one another
 ONE_BY_ONE = {"dpo": "dpo", "products": "sft", "products-dpo": "dpo"}  # work → what `BESIDE` does meanwhile
@@ -567,7 +571,7 @@ class Process:
         turns: it takes turns.
 
     Raises:
-        SystemExit: it fails.
+        SystemExit: it fails, or does not come to its next turn, or to its end, within `PATIENCE`.
     """
 
     def __init__(self, what: str, name: str, command: list[str], *, turns: bool = True, **arguments: Any) -> None:
@@ -576,8 +580,9 @@ class Process:
         self.turns: list[dict[str, float]] = []
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed below)
         self.process = subprocess.Popen(  # noqa: S603
-            command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, **arguments
-        )
+            command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+            start_new_session=True, **arguments,
+        )  # fmt: skip
         if turns:
             self._until_turn()
             self.turns.clear()  # nothing was counted yet
@@ -586,7 +591,7 @@ class Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
+        self._kill()
         self.process.communicate()
         self.errors.close()
 
@@ -603,11 +608,18 @@ class Process:
         """What `work` found."""
         self._write()
         assert self.process.stdout is not None
-        self.said += self.process.stdout
-        if self.process.wait():
+        with self._patience():
+            self.said += self.process.stdout
+            failed = self.process.wait()
+        if failed:
             self._fail()
         found: dict[str, Any] = json.loads(self.said[-1])
         return found
+
+    def _kill(self) -> None:
+        """End it and what it started, which may hold its output open."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def _write(self) -> None:
         assert self.process.stdin is not None
@@ -617,13 +629,29 @@ class Process:
 
     def _until_turn(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if TURN in line:
-                self.turns.append(json.loads(line.rpartition(TURN)[2]))
-                return
-            self.said.append(line)
-        self.process.wait()
+        with self._patience():
+            for line in self.process.stdout:
+                if TURN in line:
+                    self.turns.append(json.loads(line.rpartition(TURN)[2]))
+                    return
+                self.said.append(line)
+            self.process.wait()
         self._fail()
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        """End the process if what is done within lasts longer than `PATIENCE`; a reader of its output then comes to the end."""
+
+        def end() -> None:
+            self.said.append(f"ended after {PATIENCE:g} s without an answer\n")
+            self._kill()
+
+        timer = threading.Timer(PATIENCE, end)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _fail(self) -> NoReturn:
         self.errors.seek(0)
