@@ -401,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not given.page_only:
             _warn(repo, given.workers)
             wanted = [point for every in arms.values() for seeds in every.values() for point in seeds.values()]
-            with stages.turn(repo, print, stop, "experiments"):
+            with stages.turn(repo, print, stop.is_set, "experiments"):
                 failed = run(repo, wanted, given.workers, stop)
         for name, experiment in experiments.items():
             print(f"experiments: {page(repo, name, experiment, arms[name]).relative_to(repo)}", flush=True)

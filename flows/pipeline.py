@@ -132,13 +132,15 @@ def pipeline(
     stop = threading.Event()
     futures: dict[str, PrefectFuture[Any]] = {}
     try:
-        with stages.turn(root, logger.info, stop):
+        with stages.turn(root, logger.info, cancelled):
             planned = _plan(root, targets, logger)
             for each in planned:
                 futures[each.name] = run_stage.with_options(name=each.name, task_run_name=each.name).submit(
                     each, [futures[name] for name in each.upstream], root, pull, timeout, gpu, stop
                 )
             states = _wait(futures, stop)
+    except Stopped:
+        return Cancelled(message="cancelled while it waited; nothing was begun")
     except UserError as error:
         return Failed(message=str(error))
     finally:

@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -757,10 +756,8 @@ def _move(place: Place, commit: str) -> str | None:
     if checkout is None:
         _git(place.main, "update-ref", ref, commit, local)
         return None
-    now = threading.Event()
-    now.set()
     try:
-        with stages.turn(checkout, lambda _: None, now):  # it does not wait
+        with stages.turn(checkout, lambda _: None, lambda: True):  # it does not wait
             stages.drop_dead_holders(checkout)
             if not stages.busy(checkout):
                 return _fast_forward(place, checkout, local, commit)

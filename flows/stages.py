@@ -445,12 +445,12 @@ class Lines:
 
 
 @contextlib.contextmanager
-def turn(repo: Path, log: Log, stop: threading.Event | None = None, name: str = "flow") -> Iterator[None]:
+def turn(repo: Path, log: Log, stopped: Callable[[], bool], name: str = "flow") -> Iterator[None]:
     """One `name` at a time in a workspace: the others wait. The kernel frees it, however the holder ends.
 
     Raises:
         UserError: no DVC repository there.
-        Stopped: `stop` was set while waiting.
+        Stopped: `stopped` said so while it waited.
     """
     if not (repo / ".dvc").is_dir():
         raise UserError(f"{repo}: no DVC repository here (no .dvc); run from the repository's top folder")
@@ -466,8 +466,9 @@ def turn(repo: Path, log: Log, stop: threading.Event | None = None, name: str = 
                 if not said:
                     log(f"another {name} runs in this workspace: waiting for its end")
                     said = True
-                if (stop or threading.Event()).wait(0.5):
+                if stopped():
                     raise Stopped from None
+                time.sleep(0.5)
         yield
 
 

@@ -87,8 +87,14 @@ def sweep(parameters: SweepParameters = SweepParameters()) -> Any:  # noqa: B008
             logger.warning("points run HEAD, not your edits to %s", edited)
     except UserError as error:
         return Failed(message=str(error))
-    rows, failed = [], []
-    with stages.turn(repo, logger.info, name="sweep"):  # points have folders of their own, which two sweeps may share
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
+    with (
+        contextlib.suppress(stages.Stopped),  # while it waited: as one that was cancelled before its first point
+        stages.turn(
+            repo, logger.info, cancelled, "sweep"
+        ),  # points have folders of their own, which two sweeps may share
+    ):
         for number, point in enumerate(points, 1):
             if cancelled():
                 break

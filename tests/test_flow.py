@@ -25,7 +25,7 @@ from prefect.futures import PrefectConcurrentFuture
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Cancelling, Completed, Failed, Running
 
-from flows import pipeline, sweep, worktrees
+from flows import pipeline, stages, sweep, worktrees
 from flows.stages import Stopped
 from tests import server, small
 from tests.conftest import ORDER, ROOT, edit, fork, ran, run
@@ -240,6 +240,20 @@ class TestTurns:
         assert sorted(output.splitlines()[-1] for output in outputs) == ["pipeline: 5 ran", "pipeline: 5 unchanged"]
         assert sorted(small.log(repo)) == ["a", "b", "first", "report", "slow"]
         assert any("another flow runs in this workspace" in output for output in outputs)
+
+    def test_a_cancel_is_seen_while_it_waits(self, api: server.Server, repo: Path) -> None:
+        (repo / "in").write_text("other\n")
+        running = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
+        before = {found["id"] for found in api.post("flow_runs/filter", running)}  # of killed ones
+        with stages.turn(repo, print, lambda: False):
+            process = begin(api, repo)
+            small.until(lambda: {each["id"] for each in api.post("flow_runs/filter", running)} - before)
+            found = api.newest()["id"]
+            api.post(f"flow_runs/{found}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+            output = small.finish(process)
+        assert output.splitlines()[-1] == "pipeline: cancelled while it waited; nothing was begun", output
+        assert api.get(f"flow_runs/{found}")["state"]["name"] == "Cancelled"
+        assert small.log(repo) == []
 
     @pytest.mark.parametrize("slots", [1, 2])
     def test_two_workspaces_share_the_slots(self, api: server.Server, repo: Path, tmp_path: Path, slots: int) -> None:
@@ -540,6 +554,15 @@ class TestPointsOfASweep:
         assert len(self.ended) == 1
         assert (state.type.value, state.message) == (
             "CANCELLED", "cancelled after 1 of 3 points; what was begun goes on next time",
+        )  # fmt: skip
+
+    def test_a_sweep_that_waits_for_another_sees_its_cancel(self, tmp_path: Path) -> None:
+        self.cancel_after = 0
+        with stages.turn(tmp_path, print, lambda: False, "sweep"):
+            state = sweep.sweep.fn(sweep.SweepParameters())
+        assert self.ended == []
+        assert (state.type.value, state.message) == (
+            "CANCELLED", "cancelled after 0 of 3 points; what was begun goes on next time",
         )  # fmt: skip
 
     def test_a_server_that_is_away_at_the_end_costs_no_table(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -347,10 +347,10 @@ class TestTurn:
         with (repo / ".dvc/tmp/flow.lock").open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             threading.Timer(1, stop.set).start()
-            with pytest.raises(Stopped), stages.turn(repo, said.append, stop):
+            with pytest.raises(Stopped), stages.turn(repo, said.append, stop.is_set):
                 pass
         assert said == ["another flow runs in this workspace: waiting for its end"]
-        with stages.turn(repo, said.append):
+        with stages.turn(repo, said.append, lambda: False):
             pass
 
 
