@@ -71,10 +71,12 @@ def main(arguments: list[str] | None = None) -> int:
         "growth": growth.measure,
         "memory": memory.measure,
         "stages": stages,
-        "data": lambda: data.measure_all(given.rows),
+        "data": lambda: data.measure_all(sorted(set(given.rows))),
     }
     if unknown := [part for part in given.parts if part not in parts]:
         parser.error(f"no part {unknown[0]}; there are {', '.join(parts)}")
+    if len(set(given.rows)) < 2:
+        parser.error("--rows: expected two sizes or more, found one: there is no slope")
     KEPT.mkdir(parents=True, exist_ok=True)
     for part in given.parts or parts:
         repeated = "once" if part in ONCE else f"rounds {rounds}, steps {steps}"
@@ -133,7 +135,7 @@ def page(found: dict[str, Any], machines: dict[str, list[str]]) -> str:
     disturbed = any(BUSY in name and {"stages", "data"} & set(parts) for name, parts in machines.items())
     lines = [
         "# Benchmarks", "",
-        "Made by `make bench`; ratios of one run on one machine. `bench/` says what each part does; each system runs in a",
+        "Made by `make bench`, whose parts can be measured one by one. `bench/` says what each does; each system runs in a",
         "process of its own, in turn with the others, and the median of the rounds is given (one round is one figure). Where",
         "a bar compares two parts, both are scaled to the same speed of reforge, which was measured in turn with either.",
         "First losses are comparable within one precision and one order of rows: grouping by length begins with other rows.",
@@ -141,9 +143,9 @@ def page(found: dict[str, Any], machines: dict[str, list[str]]) -> str:
         *ABOUT[training.BF16], "",
         *(f"- {', '.join(parts)}: {name}" for name, parts in machines.items()), "",
         "| work | bar | found | verdict | products alone | with operations |", "| --- | --- | --- | --- | --- | --- |", *bars(found, disturbed), "",
-        "The products alone are the matrix products of a step and nothing else, of the tokens that are left where what rows",
-        "begin with is computed once (`products` below): what no training on these cores can pass. With operations: what stands",
-        "between these products in any decoder too, each as one function of torch: what is left to gain without own kernels.", "", *LIMITS.read_text().splitlines(), "",
+        "The products alone are the matrix products of a step as reforge makes them and nothing else, of the tokens that are left",
+        "where what rows begin with is computed once (`products` below). With operations: what stands between these products in",
+        "any decoder too, by torch's own functions: without autograd, optimizer or trainer.", "", *LIMITS.read_text().splitlines(), "",
     ]  # fmt: skip
     for part in training.SYSTEMS:
         if part in found:

@@ -27,6 +27,7 @@ from bench.training import (
     BESIDE,
     BF16,
     DTYPE,
+    GROUPED,
     KEPT_PRODUCTS,
     LORA,
     RANK,
@@ -110,15 +111,15 @@ Found = dict[str, float | str]
 
 @dataclass(frozen=True)
 class Turns:
-    """Beside whom a peer is measured, in how many turns of how many steps, of which `steps` are counted."""
+    """Beside whom a peer is measured, in how many turns of how many steps.
+
+    As many as of the anchor, so that both are at rows of like length; the first is not counted, and the last only tells when the one
+    before it ended.
+    """
 
     anchor: Process
     rounds: int
-    steps: int
-
-    @property
-    def each(self) -> int:
-        return self.steps + 2  # the first, and the one that only tells when the last ended
+    each: int
 
     @property
     def all(self) -> int:
@@ -207,6 +208,8 @@ def llama_factory(home: Path, turns: Turns, checkpointing: bool, stage: str = "s
         }  # fmt: skip
         if stage == "dpo":  # against the base, by the adapter switched off
             arguments |= {"pref_loss": "sigmoid", "pref_beta": 0.1}
+        elif not checkpointing:  # its best; of pairs its sampler knows no lengths
+            arguments |= GROUPED
         return _beside(
             turns, stage, LLAMA_FACTORY, python, FACTORY, {"arguments": arguments}, folder, not checkpointing
         )
@@ -318,7 +321,7 @@ def _beside(
     asked = json.dumps(given | {"warm": WARM, "turn": turns.each, "word": TURN})
     command = [str(python), "-c", program, asked]
     with Process(what, name, command, cwd=folder, env=os.environ | added | quiet) as process:
-        return beside(turns.anchor, process, turns.rounds, what)
+        return beside(turns.anchor, process, turns.rounds)
 
 
 def measure(home: Path, rounds: int, steps: int) -> Found:
@@ -330,7 +333,7 @@ def measure(home: Path, rounds: int, steps: int) -> Found:
         steps,
         {
             f"{LLAMA_FACTORY}, its defaults": partial(llama_factory, checkpointing=True),
-            f"{LLAMA_FACTORY}, no checkpointing, tcmalloc": partial(llama_factory, checkpointing=False),
+            f"{LLAMA_FACTORY}, no checkpointing, by length, tcmalloc": partial(llama_factory, checkpointing=False),
             f"{LITGPT}, {DTYPE}, tcmalloc": litgpt,
             f"{TORCHTUNE}, {DTYPE}, tcmalloc": torchtune,
             f"{AXOLOTL}, fp32, tcmalloc": axolotl,
@@ -356,18 +359,18 @@ def _measured(what: str, home: Path, rounds: int, steps: int, peers: dict[str, C
     """Each in turn with `BESIDE`, which is in the table too: the median of its shares, times what that reached in all turns."""
     home.mkdir(parents=True, exist_ok=True)
     found: Found = {}
+    reached: list[float] = []
     turn = 1 + steps
-    with start(what, BESIDE, len(peers) * rounds * turn, turn) as anchor:
-        for name, run in peers.items():
+    for name, run in peers.items():
+        with start(what, BESIDE, rounds * turn, turn) as anchor:
             try:
-                found[name] = statistics.median(run(home, turns=Turns(anchor, rounds, steps)))
+                found[name] = statistics.median(run(home, turns=Turns(anchor, rounds, turn)))
+                reached += anchor.rates(what == "dpo")
             except (subprocess.SubprocessError, OSError, ValueError, LookupError, SystemExit) as error:
                 said = getattr(error, "stderr", None) or str(error)
                 found[name] = f"does not run here: {' '.join(str(said).split())[-300:]}"
-            print(f"{name}: {found[name]} times {BESIDE}", file=sys.stderr, flush=True)
-        if not anchor.turns:  # none runs here
-            return found
-        reached = statistics.median(anchor.rates(what == "dpo"))
-    return {name: ratio * reached if isinstance(ratio, float) else ratio for name, ratio in found.items()} | {
-        BESIDE: reached
-    }
+        print(f"{name}: {found[name]} times {BESIDE}", file=sys.stderr, flush=True)
+    if not reached:  # none runs here
+        return found
+    rate = statistics.median(reached)
+    return {name: ratio * rate if isinstance(ratio, float) else ratio for name, ratio in found.items()} | {BESIDE: rate}

@@ -62,13 +62,13 @@ TOGETHER = ("sft",)  # works whose processes fit into memory beside one another
 ONE_BY_ONE = {"dpo": "dpo", "products": "sft", "products-dpo": "dpo"}  # work → what `BESIDE` does meanwhile
 # oneDNN's own, for peers as they come
 KEPT_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}
-ONCE = "what rows share once, packed weights"
+ONCE = "what rows share once, packed weights, tcmalloc"
 REST = "the same, and the operations between them"
 
 # work → system → settings of the process that does it; the first system is reforge, the last is TRL as it comes
 GROUPED = {"train_sampling_strategy": "group_by_length"}
 FASTEST: dict[str, Any] = {"train": {"pack_weights": True}, "tcmalloc": True}
-LEAST: dict[str, Any] = {"shared": True, "pack": True}
+LEAST: dict[str, Any] = {"shared": True, "pack": True, "tcmalloc": True}
 BEST = {"weights": DTYPE, "trl": {"gradient_checkpointing": False}}
 SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
     "sft": {
@@ -369,7 +369,7 @@ def _reference(settings: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 def _products(settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    """y = xWᵀ and dx = dyW of every frozen matrix, the adapter's six thin ones, and both of the head on the completions."""
+    """y = xWᵀ and dx = dyW of every frozen matrix, the adapter's thin ones, and both of the head on the completions."""
     import torch
     from transformers import AutoConfig
 
@@ -378,17 +378,10 @@ def _products(settings: dict[str, Any], steps: int) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(BASE)
     width, inner, rank = config.hidden_size, config.intermediate_size, RANK
     keys = width // config.num_attention_heads * config.num_key_value_heads
-    shapes = [
-        (width, width),
-        (width, keys),
-        (width, keys),
-        (width, width),
-        (width, inner),
-        (width, inner),
-        (inner, width),
-    ]
+    # outputs of the matrices that share an input: q, k, v; o; gate, up; down
+    groups = ((width, (width, keys, keys)), (width, (width,)), (width, (inner, inner)), (inner, (width,)))
     pairs = settings.get("pairs", False)
-    every, shared, answered = _counts(pairs)
+    every, shared, answered, counted = _counts(pairs)
     tokens = round(shared if settings.get("shared") else every)
 
     def random_(*shape: int) -> Any:
@@ -398,21 +391,22 @@ def _products(settings: dict[str, Any], steps: int) -> dict[str, Any]:
         weight = random_(o, i)
         return fast._Frozen(lambda _: weight, settings.get("pack", False))
 
-    def matrices(i: int, o: int) -> tuple[Any, ...]:
-        return (
-            random_(tokens, i), random_(tokens, o), frozen(o, i),
-            random_(rank, i), random_(o, rank), random_(rank, tokens),
-        )  # fmt: skip
+    def matrices(i: int, outs: tuple[int, ...]) -> tuple[Any, ...]:
+        ranks = len(outs) * rank  # what shares an input is multiplied by all their A at once
+        each = [(random_(tokens, o), frozen(o, i), random_(o, rank), random_(rank, tokens)) for o in outs]
+        return random_(tokens, i), random_(ranks, i), random_(ranks, tokens), each
 
     # each layer its own, as in a step: those of one layer alone would stay in the cache
-    layers = [[matrices(*shape) for shape in shapes] for _ in range(config.num_hidden_layers)]
+    layers = [[matrices(*group) for group in groups] for _ in range(config.num_hidden_layers)]
     answers, head = random_(round(answered), width), frozen(config.vocab_size, width)
 
     def step() -> None:
         for layer in layers:
-            for x, dy, weight, a, b, low in layer:
-                weight.times(x, None), weight.back(dy), low.t() @ b.t(), low.t() @ a, low @ x
-                fast.few_times(a, x.t()), fast.few_times(b.t(), dy.t()), low @ dy
+            for x, a, low, each in layer:
+                fast.few_times(a, x.t()), low.t() @ a, low @ x
+                for dy, weight, b, part in each:
+                    weight.times(x, None).addmm_(part.t(), b.t()), weight.back(dy)
+                    fast.few_times(b.t(), dy.t()), part @ dy
             if rest:
                 rest()
         logits = head.times(answers, None)
@@ -431,7 +425,7 @@ def _products(settings: dict[str, Any], steps: int) -> dict[str, Any]:
         began = time.perf_counter()
         for _ in range(settings["turn"] - 1):
             step()
-        last = time.perf_counter() - began, every * (settings["turn"] - 1), settings["turn"] - 1
+        last = time.perf_counter() - began, counted * (settings["turn"] - 1), settings["turn"] - 1
     _wait(*last)
     return {}
 
@@ -478,10 +472,10 @@ def _between(config: Any, tokens: int, count: int) -> Any:
     return layer
 
 
-def _counts(pairs: bool) -> tuple[float, float, float]:
-    """Tokens of a batch, those left if what its rows begin with stands once, and those of its answers; means.
+def _counts(pairs: bool) -> tuple[float, float, float, float]:
+    """Tokens of a batch, those left if what its rows begin with stands once, those of its answers, and those of its rows; means.
 
-    A prompt counts once for the two answers of a pair, in the first too.
+    A prompt counts once for the two answers of a pair, in the first too; in the last twice, as trainers count.
     """
     from tasks import fast
 
@@ -491,9 +485,10 @@ def _counts(pairs: bool) -> tuple[float, float, float]:
         batch = made[start : start + BATCH]
         answered = sum(len(row[side]) for row in batch for side in sides)
         layout = fast.lay_out([row["prompt_ids"] + row[side] for row in batch for side in sides])
-        found.append((answered + sum(len(row["prompt_ids"]) for row in batch), layout.ids.numel(), answered))
-    every, shared, answered = (statistics.mean(counts) for counts in zip(*found, strict=True))
-    return every, shared, answered
+        asked = sum(len(row["prompt_ids"]) for row in batch)
+        found.append((answered + asked, layout.ids.numel(), answered, answered + len(sides) * asked))
+    every, shared, answered, counted = (statistics.mean(counts) for counts in zip(*found, strict=True))
+    return every, shared, answered, counted
 
 
 def _answers(settings: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -668,14 +663,15 @@ def start(what: str, name: str, steps: int, turn: int = 0) -> Process:
     )
 
 
-def beside(anchor: Process, other: Process, rounds: int, what: str) -> list[float]:
-    """How many times faster `other` was than `anchor`, in each of `rounds` turns of both."""
-    before = len(anchor.turns)
+def beside(anchor: Process, other: Process, rounds: int) -> list[float]:
+    """How many times faster `other` was than `anchor`, in each of `rounds` turns of both, which have just been started.
+
+    So rows that are grouped by length are as long in both. In tokens, of pairs too, whose order differs from one to the other.
+    """
     for _ in range(rounds):
         anchor.turn()
         other.turn()
-    each = UNITS[what] == "pairs/s"
-    return [b / a for a, b in zip(anchor.rates(each)[before:], other.rates(each), strict=True)]
+    return [b / a for a, b in zip(anchor.rates(False), other.rates(False), strict=True)]
 
 
 def measure(what: str, rounds: int, steps: int) -> dict[str, dict[str, float]]:
@@ -697,17 +693,19 @@ def measure(what: str, rounds: int, steps: int) -> dict[str, dict[str, float]]:
             for name, process in running.items():
                 found[name] = process.result() | {"rate": statistics.median(process.rates(each))}
     elif what in ONE_BY_ONE:
-        others = [name for name in SYSTEMS[what] if name != BESIDE]
-        with start(ONE_BY_ONE[what], BESIDE, len(others) * rounds * turn, turn) as anchor:
-            for name in others:
-                with start(what, name, rounds * turn, turn) as process:
-                    ratio = statistics.median(beside(anchor, process, rounds, what))
-                    found[name] = process.result() | {"rate": ratio}
-                print(f"{what}: {name}: {ratio:.3g} times {BESIDE}", file=sys.stderr, flush=True)
-            reached = statistics.median(anchor.rates(each))
-            found[BESIDE] = anchor.result() | {"rate": 1.0}
+        reached: list[float] = []
+        for name in (name for name in SYSTEMS[what] if name != BESIDE):
+            with (
+                start(ONE_BY_ONE[what], BESIDE, rounds * turn, turn) as anchor,
+                start(what, name, rounds * turn, turn) as process,
+            ):
+                ratio = statistics.median(beside(anchor, process, rounds))
+                reached += anchor.rates(each)
+                found[name] = process.result() | {"rate": ratio}
+                found[BESIDE] = anchor.result() | {"rate": 1.0}
+            print(f"{what}: {name}: {ratio:.3g} times {BESIDE}", file=sys.stderr, flush=True)
         found = {
-            name: found[name] | {"rate": found[name]["rate"] * reached}
+            name: found[name] | {"rate": found[name]["rate"] * statistics.median(reached)}
             for name in dict.fromkeys([*SYSTEMS[what], BESIDE])
         }
     else:
