@@ -579,7 +579,11 @@ class Process:
             start_new_session=True, **arguments,
         )  # fmt: skip
         if turns:
-            self._until_turn()
+            try:
+                self._until_turn()
+            except BaseException:
+                self.__exit__()  # nobody has it yet
+                raise
             self.turns.clear()  # nothing was counted yet
 
     def __enter__(self) -> "Process":

@@ -187,12 +187,22 @@ def _title(repo: Path, revision: str) -> str:
 
 
 def _lock(repo: Path, revision: str | None) -> dict[str, Any]:
-    """The stages of dvc.lock, by name; {} if there is none."""
+    """The stages of dvc.lock, by name; {} if there is none.
+
+    Raises:
+        UserError: it was cut off, or holds both sides of a merge.
+    """
     from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     path = repo / "dvc.lock"
     text = _git(repo, "show", f"{revision}:./dvc.lock") if revision else path.read_text() if path.is_file() else None
-    return dict((YAML(typ="safe").load(text) or {}).get("stages") or {}) if text else {}
+    try:
+        return dict((YAML(typ="safe").load(text) or {}).get("stages") or {}) if text else {}
+    except (YAMLError, AttributeError):
+        raise UserError(
+            f"{revision or 'here'}: dvc.lock is no YAML, or has no stages; `python -m flows.mend --quick` says what to do"
+        ) from None
 
 
 def _dvc(repo: Path, *arguments: str) -> dict[str, Any]:

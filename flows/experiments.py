@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints
 
 from flows import findings, stages, worktrees
 from flows.findings import Cost, Run
@@ -42,11 +42,16 @@ KEPT = Path(".dvc/tmp/experiments")
 ARM = "{arm}"  # in a metric: the arm's label
 
 
+def _labels(arms: Any) -> Any:
+    """A number as a label is what it is called: YAML reads `6e-4:` and `8:` as such."""
+    return {str(label): values for label, values in arms.items()} if isinstance(arms, dict) else arms
+
+
 class Experiment(Section):
     """A question to params.yaml."""
 
     question: str = Field(description="in one line")
-    arms: dict[str, dict[str, Any]] = Field(
+    arms: Annotated[dict[str, dict[str, Any]], BeforeValidator(_labels)] = Field(
         min_length=1, description="label → SECTION.KEY: value; the first one is what the others are compared with"
     )
     seeds: list[Annotated[int, Field(ge=0)]] = Field(
@@ -404,7 +409,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with stages.turn(repo, print, stop.is_set, "experiments"):
                 failed = run(repo, wanted, given.workers, stop)
         for name, experiment in experiments.items():
-            print(f"experiments: {page(repo, name, experiment, arms[name]).relative_to(repo)}", flush=True)
+            try:
+                print(f"experiments: {page(repo, name, experiment, arms[name]).relative_to(repo)}", flush=True)
+            except UserError as error:  # of this page: the others are written all the same
+                failed[name] = str(error).removeprefix(f"{name}: ")
     except (UserError, stages.Stopped) as error:
         print(f"experiments: {error}", file=sys.stderr)
         return 1
@@ -417,7 +425,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _list(repo: Path, experiments: Mapping[str, Experiment], arms: Mapping[str, Arms]) -> None:
     for name, experiment in experiments.items():
-        done = sum(map(len, recorded(repo, experiment, arms[name]).values()))
+        try:
+            done = sum(map(len, recorded(repo, experiment, arms[name]).values()))
+        except UserError as error:  # a record of other figures
+            print(f"{name:14}{str(error).removeprefix(f'{name}: ')}")
+            continue
         count = f"{len(experiment.arms)} × {len(experiment.seeds)} runs, {done} recorded"
         print(f"{name:14}{count:26}{experiment.question}")
 

@@ -103,8 +103,8 @@ def page(
         "## Again",
         f"    python -m flows.experiments {name}",
         "runs what is not in the cache and writes this page. To take an arm, write its values into `params.yaml`: `dvc repro` "
-        "then restores it. Each point is in `dvc exp show` as "
-        f"`{name}-ARM-SEED`.",
+        "then restores it. Each point is in `dvc exp show --only-changed` as "
+        f"`{name}-ARM-SEED`, or under the first name of those that share it.",
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     return {f"{name}.md": text} | dict(drawings.values())

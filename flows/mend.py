@@ -87,7 +87,7 @@ def _lock_file(repo: Path) -> Iterator[str]:
             "`dvc repro`"
         )
     with contextlib.suppress(yaml.YAMLError):
-        if text.endswith("\n") and {"schema", "stages"} <= set(yaml.load(text, yaml.CSafeLoader) or ()):
+        if text.endswith("\n") and stages.whole(yaml.load(text, yaml.CSafeLoader)):
             return
     git = subprocess.run(["git", "show", "HEAD:./dvc.lock"], cwd=repo, capture_output=True, text=True)  # noqa: S607
     kept = BLOCK.findall(text)[:-1]  # nobody knows whether the last one is whole

@@ -162,9 +162,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--start-server", action="store_true", help="start Prefect's server on 127.0.0.1 too")
     parser.add_argument("--port", type=int, default=4200, help="of that server (default: %(default)s)")
     given = parser.parse_args(arguments)
+    if given.limit < 1:
+        parser.error(f"--limit: expected 1 or more, found {given.limit}")
+    if not 1 <= given.port <= 65535:
+        parser.error(f"--port: expected 1 to 65535, found {given.port}")
     try:
         chosen = deployments(given.cron, given.timezone)
-    except (ValueError, zoneinfo.ZoneInfoNotFoundError) as error:
+    except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError) as error:  # a folder of zones is an OSError
         print(f"serve: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which is nohup's

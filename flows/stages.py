@@ -30,12 +30,14 @@ from dvc.lock import LockError
 from dvc.repo import Repo, lock_repo
 from dvc.repo.reproduce import get_active_graph, plan_repro
 from dvc.rwlock import _edit_rwlock
+from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from dvc.stage.cache import _can_hash, _get_cache_hash, _get_stage_hash
 from dvc.stage.serialize import to_single_stage_lockfile
 from dvc.utils.serialize import load_yaml, modify_yaml, parse_yaml
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.meta import Meta
 from dvc_data.hashfile.tree import Tree
+from voluptuous import Invalid
 
 from flows import guard
 from tasks.params import UserError
@@ -210,7 +212,7 @@ def plan(repo: Path, targets: Sequence[str] | None = None, *, remote: bool = Fal
                     remote=distant,
                     settled=stage in same and _name(dvc, stage) not in restored,
                     imported=bool(stage.is_import),
-                    timeout=float(meta["timeout"]) if meta.get("timeout") else None,
+                    timeout=_seconds(_name(dvc, stage), meta.get("timeout")),
                     outputs=tuple(_relative(dvc, out) for out in stage.outs),
                     metrics=tuple(_relative(dvc, out) for out in stage.outs if out.is_metric),
                 )
@@ -506,6 +508,24 @@ def flat(value: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(inner, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, value
+
+
+def whole(lock: object) -> bool:
+    """What a dvc.lock holds is what DVC takes for one, with its stages: none is cut off, at the end of a line either."""
+    try:
+        COMPILED_LOCKFILE_SCHEMA(lock)
+    except Invalid:
+        return False
+    return isinstance(lock, dict) and {"schema", "stages"} <= lock.keys()
+
+
+def _seconds(stage: str, given: object) -> float | None:
+    if given is None:
+        return None
+    with contextlib.suppress(ValueError):
+        if isinstance(given, int | float | str) and (seconds := float(given)) > 0:
+            return seconds
+    raise UserError(f"{stage}: meta.timeout: expected seconds above 0, found {given!r}")
 
 
 def _chosen(dvc: Any, targets: Sequence[str]) -> list[Any]:

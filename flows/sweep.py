@@ -16,13 +16,14 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.states import Cancelled, Completed, Failed
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from flows import stages, worktrees
 from flows.pipeline import UNREACHABLE, cancelled, finish, pipeline
@@ -43,7 +44,7 @@ class SweepParameters(BaseModel):
     targets: list[str] = Field(
         default=["evaluate@dpo"], min_length=1, description="stages that each point runs, with all that they need"
     )
-    metrics: list[str] = Field(
+    metrics: list[Annotated[str, StringConstraints(pattern="^[^:]+:[^:]+$")]] = Field(
         default=[
             "data/evaluate/dpo.json:answers.trained.recall",
             "data/evaluate/dpo.json:answers.unseen.recall",
@@ -121,6 +122,8 @@ def sweep(parameters: SweepParameters = SweepParameters()) -> Any:  # noqa: B008
     first = next((name for name in columns if any(row.get(name) is not None for row in rows)), columns[0])
     sign = -1 if parameters.best == "highest" else 1
     rows.sort(key=lambda row: sign * row[first] if isinstance(row.get(first), (int, float)) else math.inf)
+    for row in rows:  # here, so that they are seen however it ends
+        logger.info("%s", "  ".join(f"{key}={value}" for key, value in row.items()))
     with contextlib.suppress(*UNREACHABLE):  # the points are there all the same
         create_table_artifact(rows, key="sweep", description=f"{len(rows)} points, {parameters.best} {first} first")
     faults = f"{len(failed)} of {len(points)} points failed: {'; '.join(failed)}" if failed else ""
@@ -136,7 +139,8 @@ def expand(repo: Path, parameters: SweepParameters) -> list[dict[str, Value]]:
     """Every combination, each of which makes a valid params.yaml.
 
     Raises:
-        UserError: naming the key and value that do not, or that there are too many points.
+        UserError: naming the key and value that do not, or that there are too many points, or a figure that no stage on
+            the way to the targets makes.
     """
     count = math.prod(len(values) for values in parameters.values.values())
     if count > parameters.max_points:
@@ -144,10 +148,12 @@ def expand(repo: Path, parameters: SweepParameters) -> list[dict[str, Value]]:
     points = [
         dict(zip(parameters.values, values, strict=True)) for values in itertools.product(*parameters.values.values())
     ]
-    planned = {each.name for each in stages.plan(repo)}
-    for target in parameters.targets:
-        if not any(name == target or name.startswith(f"{target}@") for name in planned):
-            raise UserError(f"targets: {target}: no such stage in dvc.yaml")
+    made = [path for each in stages.plan(repo, parameters.targets) for path in each.metrics]
+    for path in (metric.rpartition(":")[0] for metric in parameters.metrics):
+        if path not in made:
+            raise UserError(
+                f"metrics: {path} is no metrics file of these targets; there are {', '.join(made) or 'none'}"
+            )
     for point in points:
         raw = worktrees.settings(repo)
         worktrees.change(raw, point)
@@ -208,7 +214,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         key, equals, text = pair.partition("=")
         if not equals:
             parser.error(f"{pair}: expected SECTION.KEY=VALUE,…")
-        values[key] = [YAML(typ="safe", pure=True).load(value) for value in text.split(",")]
+        try:
+            values[key] = [YAML(typ="safe", pure=True).load(value) for value in text.split(",")]
+        except (YAMLError, ValueError, KeyError):  # ruamel's own faults too, as `params.read` has them
+            parser.error(f"{pair}: expected plain values between commas; lists can be arms of experiments.yaml")
     chosen = {
         "metrics": given.metric,
         "targets": given.target,
@@ -223,14 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sweep: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
-    def run() -> Any:
-        state: Any = sweep(parameters, return_state=True)
-        if state.is_completed():
-            for row in state.result(_sync=True):
-                print("  ".join(f"{key}={value}" for key, value in row.items()))
-        return state
-
-    return finish("sweep", run)
+    return finish("sweep", lambda: sweep(parameters, return_state=True))
 
 
 if __name__ == "__main__":

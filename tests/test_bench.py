@@ -31,8 +31,8 @@ def test_a_peer_that_hangs_is_ended_with_all_that_it_started(
     monkeypatch.setattr(training, "PATIENCE", 1.0)
     started = time.monotonic()
     script = f"{before}sleep 60 & echo $! > {tmp_path}/pid; wait"  # the child holds its output open
-    with pytest.raises(SystemExit, match="ended after 1 s without an answer"):
-        process(script).turn()
+    with pytest.raises(SystemExit, match="ended after 1 s without an answer"), process(script) as peer:
+        peer.turn()
     assert time.monotonic() - started < 30
     child = int((tmp_path / "pid").read_text())
     small.until(lambda: not small.alive(child), 10, "its child lives on")

@@ -336,6 +336,16 @@ def test_a_mistake_is_one_line(two: Path, arguments: list[str], expected: str) -
     assert len(done.stdout.splitlines()) == 1
 
 
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD\nstages:\n", "stages:\n  a: [\n", "a line\n"])
+def test_a_lock_file_that_is_none_is_one_line(two: Path, tmp_path: Path, text: str) -> None:
+    repo = fork(two, tmp_path / "repo")
+    (repo / "dvc.lock").write_text(text)
+    done = run([sys.executable, "-m", "flows.diff", "HEAD"], repo, check=False)
+    assert done.returncode == 1
+    assert "dvc.lock is no YAML, or has no stages" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+
 def test_a_revision_without_a_run(two: Path) -> None:
     first = run("git rev-list --max-parents=0 HEAD", two).stdout.strip()
     text, _ = page(two, first, "HEAD")

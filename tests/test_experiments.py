@@ -78,6 +78,33 @@ def test_a_faulty_definition_is_refused(definitions: Callable[[str], Path], befo
     assert "\n" not in str(error.value)
 
 
+def test_the_example_of_the_docs_and_numbers_as_labels(definitions: Callable[[str], Path]) -> None:
+    shown = (ROOT / "docs/experiments/README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (example,) = experiments.load(definitions(shown)).values()
+    assert [*example.arms] == ["lr 6e-4", "lr 2e-4"]
+    (numbers,) = experiments.load(definitions(BETA.replace("β 0.1:", "0.1:").replace("β 0.3:", "8:"))).values()
+    assert [*numbers.arms] == ["0.1", "8"]
+
+
+def test_a_page_that_can_not_be_made_costs_no_other(
+    definitions: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = definitions(f"{BETA}\n{BETA.replace('beta:', 'other:', 1)}").parent
+
+    def page(repo: Path, name: str, *_: object) -> Path:
+        if name == "beta":
+            raise UserError("beta: nothing is recorded on this machine")
+        return repo / f"docs/experiments/{name}.md"
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(experiments, "points", lambda *_: {})
+    monkeypatch.setattr(experiments, "page", page)
+    assert experiments.main(["--page-only"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "experiments: docs/experiments/other.md\n"
+    assert err == "experiments: beta: nothing is recorded on this machine\n"
+
+
 def test_an_unknown_name_is_refused(definitions: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match=r"bta: no such experiment in experiments.yaml, did you mean `beta`"):
         experiments.chosen(experiments.load(definitions(BETA)), ["bta"])

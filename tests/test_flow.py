@@ -507,9 +507,22 @@ def test_a_sweep_puts_the_best_point_first(
     command = [sys.executable, "-m", "flows.sweep", f"dpo.beta={values}", "--target", "score", "--best", best]
     command += ["--metric", "score.json:figure", "--metric", "score.json:beta"]
     output = run(command, scored, PYTHONPATH=str(ROOT), **api.env).stdout
-    assert re.findall(r"^dpo\.beta=(\S+)  figure=(\S+)  beta=\1$", output, re.MULTILINE) == order, output
+    assert re.findall(r"dpo\.beta=(\S+)  figure=(\S+)  beta=\1$", output, re.MULTILINE) == order, output
     table = json.loads(api.artifacts(api.newest("sweep")["id"])["sweep"]["data"])
     assert [(str(row["dpo.beta"]), str(row["figure"])) for row in table] == order
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ("dpo.loss_type=[sigmoid,sft]", "expected plain values between commas"),
+        ("dpo.beta", "expected SECTION.KEY=VALUE"),
+    ],
+)
+def test_what_can_be_no_value_of_a_sweep_is_one_line(pair: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sweep.main([pair])
+    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_two_figures_of_one_key_have_columns_of_their_own() -> None:
@@ -530,9 +543,12 @@ class TestPointsOfASweep:
             self.ended.append(next(ends))
             return self.ended[-1]
 
+        def said(line: str, *values: object) -> None:
+            print(line % values)
+
         monkeypatch.chdir(tmp_path)
         (tmp_path / ".dvc/tmp").mkdir(parents=True)
-        monkeypatch.setattr(sweep, "get_run_logger", lambda: SimpleNamespace(info=print, error=print, warning=print))
+        monkeypatch.setattr(sweep, "get_run_logger", lambda: SimpleNamespace(info=said, error=said, warning=said))
         monkeypatch.setattr(sweep, "expand", lambda *_: [{"dpo.beta": beta} for beta in (0.1, 0.2, 0.3)])
         monkeypatch.setattr(worktrees, "edited", lambda *_: "")
         monkeypatch.setattr(worktrees, "worktree", lambda *_: contextlib.nullcontext(tmp_path))
@@ -541,12 +557,13 @@ class TestPointsOfASweep:
         monkeypatch.setattr(sweep, "cancelled", lambda: len(self.ended) >= self.cancel_after)
         monkeypatch.setattr(sweep, "create_table_artifact", lambda rows, **_: None)
 
-    def test_a_cancelled_point_has_not_failed(self) -> None:
+    def test_a_cancelled_point_has_not_failed(self, capsys: pytest.CaptureFixture[str]) -> None:
         state = sweep.sweep.fn(sweep.SweepParameters())
         assert state.type.value == "CANCELLED"
         assert state.message == (
             "cancelled after 2 of 3 points; what was begun goes on next time; 1 of 3 points failed: dpo.beta=0.3"
         )
+        assert "dpo.beta=0.1  figure=1.0\n" in capsys.readouterr().out  # what was found is seen all the same
 
     def test_a_cancelled_sweep_begins_no_other_point(self) -> None:
         self.cancel_after = 1

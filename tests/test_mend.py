@@ -69,6 +69,20 @@ def test_a_lock_file_that_is_cut_off(repo: Path, share: float, committed: bool) 
     assert not (repo / "dvc.lock.tmp").exists()
 
 
+@pytest.mark.parametrize("line", ["  slow:", "    deps:", "    outs:", "    params:", "      params.yaml:"])
+def test_a_lock_file_that_is_cut_off_at_the_end_of_a_line(repo: Path, line: str) -> None:
+    """Valid YAML, whose stages DVC refuses."""
+    whole = (repo / "dvc.lock").read_text()
+    start = whole.index(f"{line}\n", whole.index("  slow:\n"))
+    (repo / "dvc.lock").write_text(f"{whole[:start]}{line}\n")
+    assert "'./dvc.lock' validation failed" in run("dvc repro", repo, check=False).stdout
+    (said,) = mended(repo)
+    assert said.startswith("dvc.lock was cut off after ")
+    run("dvc repro", repo)
+    assert small.log(repo) == []
+    assert (repo / "dvc.lock").read_text() == whole
+
+
 def test_both_sides_of_a_merge_are_a_persons_to_resolve(repo: Path) -> None:
     text = (repo / "dvc.lock").read_text()
     head, tail = text.split("  slow:\n")

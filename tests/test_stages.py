@@ -107,6 +107,18 @@ class TestPlan:
         with pytest.raises(UserError, match="DVC"):
             stages.plan(Path("/"))
 
+    @pytest.mark.parametrize(
+        ("given", "seconds"), [("7200", 7200.0), ("0.5", 0.5), ("2h", None), ("-1", None), ("0", None), ("[1]", None)]
+    )
+    def test_a_timeout_is_seconds(self, repo: Path, given: str, seconds: float | None) -> None:
+        text = (repo / "dvc.yaml").read_text()
+        (repo / "dvc.yaml").write_text(text.replace("  first:\n", f"  first:\n    meta: {{timeout: {given}}}\n"))
+        if seconds is None:
+            with pytest.raises(UserError, match=r"first: meta\.timeout: expected seconds above 0, found"):
+                stages.plan(repo, ["first"])
+        else:
+            assert [each.timeout for each in stages.plan(repo, ["first"])] == [seconds]
+
     def test_imports_and_added_files_are_stages(self, repo: Path, tmp_path: Path) -> None:
         (tmp_path / "source").write_text("1\n")
         (repo / "added").write_text("2\n")
