@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import BeforeValidator, Field
 
 from flows import findings, stages, worktrees
 from flows.findings import Cost, Run
@@ -58,7 +58,7 @@ class Experiment(Section):
         default_factory=lambda: [42, 43, 44], min_length=1, description="each arm runs with each: the noise"
     )
     targets: list[str] = Field(min_length=1, description="stages that each point runs, with all that they need")
-    metrics: list[Annotated[str, StringConstraints(pattern="^[^:]+:[^:]+$")]] = Field(
+    metrics: list[stages.Figure] = Field(
         min_length=1, description="figures to compare, FILE:KEY; {arm} stands for the arm's label"
     )
     curves: list[str] = Field(default_factory=list, description="files of plots, drawn over each other")

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import psutil  # type: ignore[import-untyped]  # of dvc
 from dvc.exceptions import DvcException
@@ -37,12 +37,14 @@ from dvc.utils.serialize import load_yaml, modify_yaml, parse_yaml
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_data.hashfile.meta import Meta
 from dvc_data.hashfile.tree import Tree
-from voluptuous import Invalid
+from pydantic import StringConstraints
+from voluptuous import Invalid  # of dvc
 
 from flows import guard
 from tasks.params import UserError
 
 Log = Callable[[str], None]
+Figure = Annotated[str, StringConstraints(pattern="^[^:]+:[^:]+$")]  # FILE:KEY of a file of metrics
 Did = Literal["ran", "restored", "pulled", "unchanged"]
 SAID: dict[Did, str] = {
     "ran": "ran",

@@ -16,12 +16,12 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.states import Cancelled, Completed, Failed
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -44,7 +44,7 @@ class SweepParameters(BaseModel):
     targets: list[str] = Field(
         default=["evaluate@dpo"], min_length=1, description="stages that each point runs, with all that they need"
     )
-    metrics: list[Annotated[str, StringConstraints(pattern="^[^:]+:[^:]+$")]] = Field(
+    metrics: list[stages.Figure] = Field(
         default=[
             "data/evaluate/dpo.json:answers.trained.recall",
             "data/evaluate/dpo.json:answers.unseen.recall",
@@ -90,12 +90,8 @@ def sweep(parameters: SweepParameters = SweepParameters()) -> Any:  # noqa: B008
         return Failed(message=str(error))
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
-    with (
-        contextlib.suppress(stages.Stopped),  # while it waited: as one that was cancelled before its first point
-        stages.turn(
-            repo, logger.info, cancelled, "sweep"
-        ),  # points have folders of their own, which two sweeps may share
-    ):
+    # points have folders of their own, which two sweeps may share; one that is cancelled while it waits has no point
+    with contextlib.suppress(stages.Stopped), stages.turn(repo, logger.info, cancelled, "sweep"):
         for number, point in enumerate(points, 1):
             if cancelled():
                 break

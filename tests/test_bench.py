@@ -1,6 +1,5 @@
 """The harness of the benchmarks, without measuring anything."""
 
-import os
 import time
 from pathlib import Path
 
@@ -56,11 +55,10 @@ def test_one_size_has_no_slope(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--rows: expected two sizes or more" in capsys.readouterr().err
 
 
-def test_tokens_of_pairs_are_counted_as_trainers_count_them() -> None:
-    if not (training.ROOT / "data/ingest/records.parquet").is_file() or not os.path.isdir(training.BASE):
-        pytest.skip("the base and its records are not here: `dvc repro template`")
-    every, shared, answered, counted = training._counts(True)
-    made = training.rows()
-    asked = sum(len(row["prompt_ids"]) for row in made) / (len(made) / training.BATCH)
-    assert counted == pytest.approx(every + asked)  # a prompt stands before either answer
-    assert answered < shared < every
+def test_tokens_of_pairs_are_counted_as_trainers_count_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [{"prompt_ids": [1, 2, 3 + i], "chosen_ids": [9, 8], "rejected_ids": [9, 7, 6, 5]} for i in range(8)]
+    monkeypatch.setattr(training, "rows", lambda: made)
+    # four pairs: their answers; with prompts once each; without the two tokens that all begin with, and the one of a pair's answers
+    answered, every, counted = 4 * 6, 4 * 9, 4 * 12
+    assert training._counts(True) == (every, every - 3 * 2 - 4, answered, counted)
+    assert training._counts(False) == (4 * 5, 4 * 5 - 3 * 2, 4 * 2, 4 * 5)
