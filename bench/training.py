@@ -61,22 +61,28 @@ BESIDE = f"reforge, {BITS}, packed, tcmalloc"
 TOGETHER = ("sft",)  # works whose processes fit into memory beside one another
 ONE_BY_ONE = {"dpo": "dpo", "products": "sft", "products-dpo": "dpo"}  # work → what `BESIDE` does meanwhile
 # oneDNN's own, for peers as they come
-KEPT_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}
+KEPT_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"}
 ONCE = "what rows share once, packed weights, tcmalloc"
 REST = "the same, and the operations between them"
 
 # work → system → settings of the process that does it; the first system is reforge, the last is TRL as it comes
 GROUPED = {"train_sampling_strategy": "group_by_length"}
 FASTEST: dict[str, Any] = {"train": {"pack_weights": True}, "tcmalloc": True}
+LEAN: dict[str, Any] = {"train": {"pack_weights": False}}
 LEAST: dict[str, Any] = {"shared": True, "pack": True, "tcmalloc": True}
 BEST = {"weights": DTYPE, "trl": {"gradient_checkpointing": False}}
 SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
     "sft": {
         f"reforge, {BITS}": {"reforge": GROUPED},
         "reforge, NF4": {"quantization": NF4, "reforge": GROUPED},
+        f"reforge, {BITS}, not packed": {"reforge": GROUPED, **LEAN},
+        "reforge, NF4, not packed": {"quantization": NF4, "reforge": GROUPED, **LEAN},
         f"reforge, {BITS}, packed, tcmalloc": {"reforge": GROUPED, **FASTEST},
         "reforge, NF4, packed, tcmalloc": {"quantization": NF4, "reforge": GROUPED, **FASTEST},
         f"TRL, {DTYPE} weights, no checkpointing": BEST,
+        "TRL, the same, by length, tcmalloc": {
+            "weights": DTYPE, "tcmalloc": True, "trl": {"gradient_checkpointing": False, **GROUPED},
+        },
         "TRL, the same, padding-free, by length, tcmalloc": {
             "weights": DTYPE, "tcmalloc": True,
             "trl": {"gradient_checkpointing": False, "padding_free": True, **GROUPED},
@@ -87,6 +93,8 @@ SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
     "dpo": {
         f"reforge, {BITS}": {},
         "reforge, NF4": {"quantization": NF4},
+        f"reforge, {BITS}, not packed": LEAN,
+        "reforge, NF4, not packed": {"quantization": NF4, **LEAN},
         f"reforge, {BITS}, packed, tcmalloc": FASTEST,
         "reforge, NF4, packed, tcmalloc": {"quantization": NF4, **FASTEST},
         f"TRL, {DTYPE} weights, no checkpointing": BEST,

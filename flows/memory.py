@@ -23,7 +23,8 @@ FAST_HEAD, FAST_PIECE, FAST_PIECE_BYTES = 1 << 24, 1 << 20, 8
 # `SCORE_CHUNK` of tasks.fast; bytes of an attention score, with its weight in 16 and 32 bits, in the forward pass
 FAST_SCORES, FAST_SCORES_BYTES = 1 << 25, 12
 FAST_KEPT = 1 << 21  # `KEPT_SCORES` of tasks.fast
-PACKED_MOST, ROOM = 1 << 29, 64  # of tasks.decode: weights of a model that are packed, tokens beyond those in the cache
+COPIES_MOST = 1 << 30  # of tasks.fast: bytes of packed weights, up to which there are some unasked
+ROOM = 64  # of tasks.decode: tokens beyond those in the cache
 SCORED = 1024  # of tasks.models: tokens whose logits are held at once where rows are not packed
 # trl's tile (tokens, vocabulary); bytes of an element with Triton (the gradient in place), and with torch operations
 # (trl/kernels/chunked_logprob.py, `_backward_tile`)
@@ -37,7 +38,7 @@ SLACK = 180 * MIB  # what the allocator holds beyond what is in use, after loadi
 # without a backward pass there are as many holes, see docs/plan.md
 HELD = 6.0
 # oneDNN's compiled products: for each new batch shape, and for all that it keeps (`tasks.ENVIRONMENT`)
-KERNELS, KERNELS_MOST = 20 * MIB, 309 * MIB
+KERNELS, KERNELS_MOST = 20 * MIB, 96 * MIB
 # NVIDIA's context and PyTorch's caching allocator: a usual allowance, not measured
 CONTEXT, GPU_HOLES = 500 * MIB, 0.1
 
@@ -267,9 +268,11 @@ def training(
         Part("one layer's backward pass with its holes, or the head", int(passing)),
         *([Part("holes between activations", int(GPU_HOLES * kept))] if device.kind != "cpu" else []),
     ]  # fmt: skip
-    if device.kind == "cpu" and section.get("fast", True) and section.get("pack_weights"):
-        copies_of = lora if fusable else NO_LORA
-        parts.append(Part("packed copies of the frozen weights", packed_bytes(facts, copies_of, device, packed)))
+    if device.kind == "cpu" and section.get("fast", True):
+        doubled = packed_bytes(facts, lora if fusable else NO_LORA, device, packed)
+        unasked = section.get("pack_weights") is None and device.width == 2 and doubled <= COPIES_MOST
+        if doubled and (unasked or section.get("pack_weights")):
+            parts.append(Part("packed copies of the frozen weights", doubled))
     if tables and device.kind == "cpu":  # blocks so large find no hole, and come on top
         parts.append(Part(f"KL to the reference, {kl:,} tokens over the vocabulary", tables))
     if rest > step:
@@ -366,7 +369,7 @@ def generating(facts: dict[str, Any], device: Device, batch: int, prompt: int, n
     length, tokens, w = prompt + new + ROOM * (device.kind == "cpu"), batch * prompt, device.width
     hidden, shape = facts["hidden_size"], facts["attention"]
     linear = facts["linear_parameters"] + facts["vocabulary"] * hidden
-    copied = device.kind == "cpu" and w == 2 and linear <= PACKED_MOST
+    copied = device.kind == "cpu" and w == 2 and w * linear <= COPIES_MOST
     # what is alive at once: a layer's input, its norm in float32, and the MLP or the attention
     most = max(3 * (facts["intermediate_size"] or 4 * hidden), 4 * shape["heads"] * shape["head_dim"])
     layer = (w * hidden + 4 * hidden + w * most) * tokens

@@ -619,6 +619,8 @@ def _options(name: str, every: dict[str, Any], rows: Rows) -> Iterator[list[dict
             yield [{f"{name}.{own}": value} for value in _halves(getattr(every[name], own), 1)]
         return
     given = DEFAULTS | every[name]
+    # the same products, slower
+    yield [{f"{name}.pack_weights": False}]
     # the same gradients, computed twice
     yield [{f"{name}.gradient_checkpointing": True}]
     # the same batch in pieces

@@ -13,7 +13,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from tasks import fast, models, render
 
 FEW_ROWS = 128  # up to so many, products are faster otherwise, see `few_rows`
-PACKED_MOST = 1 << 29  # weights of a model, up to which a second copy of them is worth its memory: 1 GiB
 ROOM = 64  # tokens that the cache has place for beyond those it holds
 # settings of a `GenerationConfig` that treat each row by itself, or change nothing
 ROW_BY_ROW = {
@@ -55,7 +54,7 @@ def generate(
         for group in tqdm(groups, desc=progress, disable=progress is None, mininterval=2):
             rows = [prompts[i] for i in group]
             cache = _cache(model) if own else None
-            opening = _opening(model, rows, generation, cache) if cache else 0
+            opening = _opening(model, rows, generation, cache) if cache is not None else 0
             # `generate` counts positions without the padding
             ids = models.pad(rows, tokenizer.pad_token_id, at=opening)
             mask = models.pad([[1] * len(r) for r in rows], 0, at=opening)
@@ -139,14 +138,14 @@ def few_rows(model: nn.Module) -> Iterator[None]:
     In float32 as (W xᵀ)ᵀ, the same products summed in another order. All of SmolLM2-135M's layers with AVX2 and 2 threads,
     ms: 57 → 24 for 4 rows, 103 → 79 for 32, 157 → 143 for 64.
 
-    In bf16 by a copy of W in the order in which oneDNN reads it, up to `PACKED_MOST`. With AVX512-BF16 and 2 threads, ms:
+    In bf16 by a copy of W in the order in which oneDNN reads it, up to `fast.COPIES_MOST`. With AVX512-BF16 and 2 threads, ms:
     28 → 19 for 8 rows, 46 → 33 for 32, 61 → 50 for 64; what they come to is equal.
 
     Always as rows of one matrix: of the last tokens of prompts, which lie apart, torch 2.13's `linear` makes as many copies
     of W as there are prompts: of 64 before a head of 49,152 × 576, 3.4 GiB and 4 s.
     """
     layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.device.type == "cpu"]
-    small = sum(layer.weight.numel() for layer in layers) <= PACKED_MOST
+    small = sum(layer.weight.nbytes for layer in layers) <= fast.COPIES_MOST
 
     def product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
         weight = layer.weight.detach()

@@ -44,6 +44,7 @@ HEAD_CHUNK = 1 << 24  # logits held at once, in elements
 HEAD_PIECE = 1 << 20  # of these, in float32 and as probabilities: few enough to stay in the cache
 KEPT_SCORES = 1 << 21  # attention weights of a layer kept for its backward pass, in elements
 SCORE_CHUNK = 1 << 25  # attention scores held at once, in elements
+COPIES_MOST = 1 << 30  # bytes of packed copies of a model's frozen weights, up to which they are made unasked
 KEPT_BIAS = 1 << 23  # elements of a bucket's mask that is kept from layer to layer
 native = getattr(lib, "_lib", None)  # bitsandbytes' own library
 KERNELS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # as it names them
@@ -390,6 +391,15 @@ def packs(dtype: torch.dtype) -> bool:
     if not torch._C._has_mkldnn:
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def worth_packing(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether packed copies for `install` are made unasked: in bf16, where not a bit is another by them, up to `COPIES_MOST`."""
+    base = _base(model)
+    layers = [m.get_base_layer() for m in base.modules() if isinstance(m, LoraLayer) and not _not_fusable(m)]
+    layers += [] if _not_packable(base) else [base.get_output_embeddings()]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return dtype == torch.bfloat16 and packs(dtype) and 2 * dtype.itemsize * weights <= COPIES_MOST
 
 
 class _Frozen:

@@ -263,9 +263,15 @@ UNPAGED = {
     "paged_ademamix_32bit": "ademamix",
 }
 # what reforge adds to a library's section: the arguments of transformers.EarlyStoppingCallback, whether a CPU takes
-# the faster path of tasks/fast.py, and whether that path multiplies by packed copies of the frozen weights
+# the faster path of tasks/fast.py, and whether that path multiplies by packed copies of the frozen weights (null: in bf16,
+# where they change no bit, up to 1 GiB of them)
 ADDED: dict[str, dict[str, Any]] = {
-    section: {"early_stopping_patience": int, "early_stopping_threshold": float, "fast": bool, "pack_weights": bool}
+    section: {
+        "early_stopping_patience": int,
+        "early_stopping_threshold": float,
+        "fast": bool,
+        "pack_weights": bool | None,
+    }
     for section in ("sft", "dpo")
 }
 _PLAIN = "on a quantised base peft trains plain LoRA instead, and says nothing"

@@ -152,18 +152,23 @@ def train(trainer: Any, folder: Path, given: dict[str, Any]) -> None:
     The adapter is trained in float32, and on a CPU by the paths of `tasks.fast`, unless `given` turns them off.
     """
     models.adapter_float32(trainer.model)
-    if reason := _unpacked(given, torch.bfloat16 if trainer.args.bf16 else torch.float32):
+    dtype = torch.bfloat16 if trainer.args.bf16 else torch.float32
+    if reason := _unpacked(given, dtype):
         print(f"note: pack_weights has no effect: {reason}", flush=True)
     if given.get("fast", True) and models.device().type == "cpu":
         own = [path for path in re.split("[ :]", os.environ.get("LD_PRELOAD", "")) if "malloc" in path]
         kept = f"left to {Path(own[0]).name}" if own else "kept (glibc)" if fast.keep_pages() else "given back"
         products = os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]
+        pack = given.get("pack_weights")
+        if pack is None:
+            pack = fast.worth_packing(trainer.model, dtype)
         print(
             f"cpu: {torch.get_num_threads()} threads (OMP_NUM_THREADS), freed memory is {kept}, "
-            f"{products} compiled products (ONEDNN_PRIMITIVE_CACHE_CAPACITY)",
+            f"{products} compiled products (ONEDNN_PRIMITIVE_CACHE_CAPACITY), "
+            f"frozen weights are {'packed' if pack else 'as they are'} (pack_weights)",
             flush=True,
         )
-        for note in fast.install(trainer.model, pack=given.get("pack_weights", False)):
+        for note in fast.install(trainer.model, pack=pack):
             print(f"note: {note}", flush=True)
     resume = last_checkpoint(folder)
     if resume:

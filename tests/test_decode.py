@@ -136,8 +136,8 @@ def test_few_rows_in_16_bits_are_equal(tiny: Path, monkeypatch: pytest.MonkeyPat
     real = torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, *rest: packed.append(len(x)) or real(x, *rest))
     with torch.no_grad():
-        for most in (decode.PACKED_MOST, 1):
-            monkeypatch.setattr(decode, "PACKED_MOST", most)
+        for most in (fast.COPIES_MOST, 1):
+            monkeypatch.setattr(fast, "COPIES_MOST", most)
             with decode.few_rows(half):
                 for layer in layers:
                     for shape in ((1, 1), (5, 1), (3, 40), (3, 50)):

@@ -11,6 +11,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
@@ -154,6 +155,34 @@ def test_log_probabilities_and_gradients(config: str) -> None:
 def test_nf4(tmp_path: Path, pack: bool) -> None:
     given = batch()
     same(tiny(CONFIGS["llama"](), tmp_path), lambda m: fused(m, given), lambda m: plain(m, given), pack=pack)
+
+
+@pytest.mark.skipif(not fast.packs(torch.bfloat16), reason="a CPU whose oneDNN has no products in bf16")
+@pytest.mark.parametrize(("out", "width"), [(192, 576), (1536, 576), (576, 1536)])
+def test_packed_products_are_equal_to_the_bit_in_bf16(out: int, width: int) -> None:
+    """In a real model's shapes, for batches of any length after the first, so that they can be packed unasked."""
+    weight = torch.randn(out, width).bfloat16()
+    plain, packed = (fast._Frozen(lambda _: weight, pack) for pack in (False, True))
+    for tokens in (300, 5, 64, 661, 1024):
+        x, grad, dx = (torch.randn(tokens, n).bfloat16() for n in (width, out, width))
+        assert torch.equal(packed.times(x, None), plain.times(x, None))
+        assert torch.equal(packed.back(grad), plain.back(grad))
+        assert torch.equal(packed.back(grad, dx.clone()), plain.back(grad, dx.clone()))
+
+
+def test_packing_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 up to so many bytes of copies: two of each adapted layer and of the head."""
+    monkeypatch.setattr(fast, "packs", lambda dtype: True)
+    model = tiny(CONFIGS["qwen3"]())
+    layers = [m.get_base_layer() for m in model.modules() if isinstance(m, LoraLayer)]
+    copies = 4 * sum(layer.weight.numel() for layer in [*layers, model.get_base_model().lm_head])
+    for most, worth in ((copies, True), (copies - 1, False)):
+        monkeypatch.setattr(fast, "COPIES_MOST", most)
+        assert fast.worth_packing(model, torch.bfloat16) == worth
+        assert not fast.worth_packing(model, torch.float32)  # there they change bits, and are twice as large
+    monkeypatch.setattr(fast, "packs", lambda dtype: False)
+    monkeypatch.setattr(fast, "COPIES_MOST", copies)
+    assert not fast.worth_packing(model, torch.bfloat16)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

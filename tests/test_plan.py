@@ -373,9 +373,33 @@ def test_packed_copies_are_two_of_each_weight(tiny: Path, facts: dict[str, Any],
     section = {"optim": "adamw_torch_fused", "gradient_checkpointing": False}
     plain, packed = (
         memory.training(facts, section | given, lora, NF4, here, memory.Batch(40, 40, 20, 1)).total
-        for given in ({}, {"pack_weights": True})
+        for given in ({"pack_weights": False}, {"pack_weights": True})
     )
     assert packed - plain == real
+    unasked = [
+        memory.training(of, section, lora, NF4, on, memory.Batch(40, 40, 20, 1)).parts
+        for of, on in (
+            (facts, Device("cpu", "", 0, 0, bf16=True)),
+            (facts, Device("cpu", "", 0, 0, bf16=False)),
+            (facts, Device("cuda", "", 0, 0)),
+            (big(), Device("cpu", "", 0, 0, bf16=True)),
+        )
+    ]
+    assert [any(p.name.startswith("packed copies") for p in parts) for parts in unasked] == [True, False, False, False]
+
+
+def test_copies_are_given_up_first(facts: dict[str, Any], tmp_path: Path) -> None:
+    """On a CPU what does not fit is computed without them before anything else changes."""
+    every, rows, cpu = params.load(ROOT / "params.yaml"), plan.Rows(tmp_path), Device("cpu", "", GIB, GIB, bf16=True)
+
+    def need(settings: dict[str, Any]) -> memory.Need | None:
+        return plan.estimate("sft", settings, facts, cpu, rows)
+
+    found = need(every)
+    assert found is not None
+    remedies, hopeless = plan.propose("sft", every, need, found.least - 1, rows)
+    assert [remedy.change for remedy in remedies] == [{"sft.pack_weights": False}]
+    assert not hopeless
 
 
 def test_tokens_of_a_batch_are_those_of_the_packed_layout() -> None:
@@ -408,7 +432,7 @@ def test_constants_are_those_of_the_stages() -> None:
         memory.FAST_SCORES,
     )
     assert (fast.KEPT_SCORES, models.SCORED) == (memory.FAST_KEPT, memory.SCORED)
-    assert (decode.PACKED_MOST, decode.ROOM) == (memory.PACKED_MOST, memory.ROOM)
+    assert (fast.COPIES_MOST, decode.ROOM) == (memory.COPIES_MOST, memory.ROOM)
     assert (pair.BATCH, pair.NEW_TOKENS) == (plan.PAIR_BATCH, plan.PAIR_TOKENS)
     assert dpo.KL_BATCH == plan.DPO_BATCH
     assert (merge.BATCH, merge.MOST_TOKENS) == (plan.MERGE_BATCH, plan.MERGE_TOKENS)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import tasks
-from tasks import stage
+from tasks import fast, stage
 from tasks.params import UserError
 from tests import small
 from tests.conftest import ROOT, make_tiny, run
@@ -161,8 +161,8 @@ def test_nothing_phones_home_unless_the_user_says_otherwise() -> None:
     )
     bare = ["env", *(f"--unset={name}" for name in tasks.ENVIRONMENT)]
     for given, said in (
-        ([], "True 1 1 false warning :4096:8 128"),
-        (["TRANSFORMERS_VERBOSITY=info"], "True 1 1 false info :4096:8 128"),
+        ([], "True 1 1 false warning :4096:8 128 128"),
+        (["TRANSFORMERS_VERBOSITY=info"], "True 1 1 false info :4096:8 128 128"),
     ):
         assert run([*bare, *given, sys.executable, "-c", code], ROOT).stdout.splitlines()[-1] == said
 
@@ -185,6 +185,26 @@ def test_few_compiled_products_are_kept(given: list[str], last: str) -> None:
     assert len(products) == 200
     assert products[:199] == ["cache_miss"] * 199
     assert products[-1] == last
+
+
+@pytest.mark.skipif(not fast.packs(torch.bfloat16), reason="a CPU whose oneDNN has no products in bf16")
+@pytest.mark.parametrize(("given", "grows"), [([], False), (["LRU_CACHE_CAPACITY=1024"], True)])
+def test_what_torch_holds_of_compiled_products_is_bounded(given: list[str], grows: bool) -> None:
+    """After 200 numbers of rows 400 more leave no more behind, unless the user has torch hold more."""
+    code = (
+        "import ctypes, tasks, torch\n"
+        "class Info(ctypes.Structure): _fields_ = [(f'_{i}', ctypes.c_size_t) for i in range(10)]\n"
+        "asked = ctypes.CDLL('libc.so.6').mallinfo2\n"
+        "asked.restype = Info\n"
+        "weight = torch.ones(64, 64, dtype=torch.bfloat16)\n"
+        "for rows in range(600):\n"
+        "    torch.ones(rows + 33, 64, dtype=torch.bfloat16) @ weight\n"
+        "    before = asked()._7 if rows == 200 else before if rows > 200 else 0\n"
+        "print(asked()._7 - before >> 20)"  # uordblks, bytes in use
+    )
+    bare = ["env", "--unset=LRU_CACHE_CAPACITY", "--unset=ONEDNN_PRIMITIVE_CACHE_CAPACITY", *given]
+    grown = int(run([*bare, sys.executable, "-c", code], ROOT).stdout.splitlines()[-1])
+    assert grown > 50 if grows else grown < 10
 
 
 def _slow(folder: Path, *, imports: float = 0.0) -> None:
