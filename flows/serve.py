@@ -121,7 +121,7 @@ def with_server(port: int, arguments: Sequence[str]) -> int:
         _end(server)
 
 
-def _end(process: "subprocess.Popen[bytes]", patience: float = 30) -> None:
+def _end(process: "subprocess.Popen[Any]", patience: float = 30) -> None:
     """Terminate it, twice if need be, else kill it.
 
     What a signal raises in Python is lost if it comes within a destructor: the first one may do nothing. A runner ends its runs

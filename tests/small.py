@@ -131,7 +131,7 @@ def finish(process: "subprocess.Popen[str]", seconds: float = 120) -> str:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.communicate()  # closes the pipe, which else fails a test that comes later
 
 
 def times(path: Path) -> list[tuple[float, float]]:
