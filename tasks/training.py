@@ -150,10 +150,18 @@ def train(trainer: Any, folder: Path, given: dict[str, Any]) -> None:
     """Train, from the last checkpoint if there is one.
 
     The adapter is trained in float32, and on a CPU by the paths of `tasks.fast`, unless `given` turns them off.
+
+    Raises:
+        UserError: the optimizer is one of a package that is not installed.
     """
+    try:
+        trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"optim: {trainer.args.optim.value}: {' '.join(str(error).split())}") from None
     models.adapter_float32(trainer.model)
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float32
-    if reason := _unpacked(given, dtype):
+    reason = _unpacked(given, dtype)
+    if reason:
         print(f"note: pack_weights has no effect: {reason}", flush=True)
     if given.get("fast", True) and models.device().type == "cpu":
         own = [path for path in re.split("[ :]", os.environ.get("LD_PRELOAD", "")) if "malloc" in path]
@@ -162,6 +170,7 @@ def train(trainer: Any, folder: Path, given: dict[str, Any]) -> None:
         pack = given.get("pack_weights")
         if pack is None:
             pack = fast.worth_packing(trainer.model, dtype)
+        pack = pack and not reason
         print(
             f"cpu: {torch.get_num_threads()} threads (OMP_NUM_THREADS), freed memory is {kept}, "
             f"{products} compiled products (ONEDNN_PRIMITIVE_CACHE_CAPACITY), "

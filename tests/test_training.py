@@ -255,16 +255,28 @@ def test_packed_weights_train_the_same(
 
 
 @pytest.mark.parametrize(
-    ("params", "said"), [({"fast": False}, "`fast` is off"), ({}, "oneDNN multiplies by no packed")]
+    ("params", "said", "then"),
+    [
+        ({"fast": False}, "`fast` is off", ""),
+        ({}, "oneDNN multiplies by no packed", "frozen weights are as they are (pack_weights)"),
+    ],
 )
 def test_packing_without_effect_says_so(
     tiny: Path, facts: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], params: dict[str, Any], said: str,
+    capsys: pytest.CaptureFixture[str], params: dict[str, Any], said: str, then: str,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(fast, "packs", lambda dtype: False)
     few = {"max_steps": 1, "eval_strategy": "no", "pack_weights": True}
     _sft(tiny, facts, rows, tmp_path / "out", params=few | params)
-    assert f"note: pack_weights has no effect: {said}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"note: pack_weights has no effect: {said}" in out
+    assert then in out
+    assert "weights are packed" not in out
+
+
+def test_an_optimizer_that_is_not_installed_is_one_line(tiny: Path, facts: Path, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"optim: grokadamw: .*pip install grokadamw"):
+        _sft(tiny, facts, rows, tmp_path / "out", params={"optim": "grokadamw", "eval_strategy": "no"})
 
 
 class Walks(TrainerCallback):
