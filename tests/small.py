@@ -1,10 +1,18 @@
-"""A small DVC repository of shell stages, for what would take a model too long to show: seconds, locks, kills."""
+"""A small DVC repository of shell stages, for what would take a model too long to show: seconds, locks, kills.
 
+A test on a busy machine can't say how long a stage must last for something else to happen meanwhile; it says when the stage
+may end: `slow` lasts as long as there is a file `hold` (`held`), and each of `a` and `b` until both have begun, a second at
+most, or a hundred with `MEET=00`.
+"""
+
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.conftest import ROOT, commit, run
@@ -27,7 +35,8 @@ stages:
     foreach: [a, b]
     do:
       cmd: >-
-        echo ${item} >> log; cat one > ${item}.out; date +%s.%N >> ${item}.times; sleep 1; date +%s.%N >> ${item}.times
+        echo ${item} >> log; cat one > ${item}.out; date +%s.%N >> ${item}.times; touch ${item}.here;
+        timeout 1$MEET sh -c 'until ls a.here b.here; do sleep 0.1; done' > /dev/null 2>&1; date +%s.%N >> ${item}.times
       deps: [one]
       outs: [ "${item}.out" ]
   report:
@@ -51,7 +60,9 @@ for n in range(int(step.read_text()) if step.exists() else 0, 10):
     time.sleep(seconds / 10)
     step.write_text(str(n + 1))
 print(f"100%|##########| 10/10 [00:00<?, ?it/s]", file=sys.stderr)
+while Path("hold").exists(): time.sleep(0.05)
 step.unlink()
+Path("pids").unlink()
 if os.environ.get("FAIL"):
     sys.exit(os.environ["FAIL"])
 if os.environ.get("FAIL_ONCE") and not Path("failed.times").exists():
@@ -71,7 +82,7 @@ def make(folder: Path) -> Path:
     (folder / "slow.py").write_text(SLOW)
     (folder / "params.yaml").write_text("slow: 1\n")
     (folder / "in").write_text("input\n")
-    (folder / ".gitignore").write_text("log\n*.times\npids\ncheckpoint\n__pycache__/\n")
+    (folder / ".gitignore").write_text("log\n*.times\n*.here\nhold\npids\ncheckpoint\n__pycache__/\n")
     run("git add -A && git -c user.name=t -c user.email=t@example.org commit -qm one", folder)
     return folder
 
@@ -98,7 +109,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(condition, seconds: float = 60, what: str = "it did not happen") -> None:
+def until(condition, seconds: float = 120, what: str = "it did not happen") -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what
@@ -109,6 +120,37 @@ def pids(repo: Path) -> list[int]:
     """Of the running `slow` and its child, once it runs."""
     until(lambda: (repo / "pids").exists() and len((repo / "pids").read_text().split()) == 2, what="slow did not start")
     return [int(pid) for pid in (repo / "pids").read_text().split()]
+
+
+@contextlib.contextmanager
+def held(*repos: Path) -> Iterator[None]:
+    """While this lasts no `slow` of these repositories ends."""
+    holds = [repo / "hold" for repo in repos]
+    try:
+        for hold in holds:
+            hold.touch()
+        yield
+    finally:
+        for hold in holds:
+            hold.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def meanwhile(repo: Path, do: Callable[[], object]) -> Iterator[None]:
+    """`do` in a thread as soon as the `slow` that is started here runs, which ends no sooner than that is done."""
+
+    def act() -> None:
+        try:
+            pids(repo)
+            do()
+        finally:
+            (repo / "hold").unlink()
+
+    (repo / "hold").touch()
+    with ThreadPoolExecutor(1) as pool:
+        acting = pool.submit(act)
+        yield
+        acting.result()
 
 
 def environment(**more: str) -> dict[str, str]:

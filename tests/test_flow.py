@@ -50,7 +50,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, api: server.Server) -> Path:
 @pytest.fixture
 def repo(done: Path, tmp_path: Path) -> Path:
     copy = fork(done, tmp_path / "repo")
-    for name in ("log", "pids", "slow.times", "a.times", "b.times"):
+    for name in ("log", "slow.times", "a.times", "b.times"):
         (copy / name).unlink(missing_ok=True)
     return copy
 
@@ -67,7 +67,7 @@ def begin(api: server.Server, repo: Path, *arguments: str, **env: str) -> "subpr
 class TestWhatRuns:
     def test_from_nothing_everything_ran_and_is_shown(self, api: server.Server, tmp_path: Path) -> None:
         repo = small.make(tmp_path / "repo")
-        output = flow(api, repo, SLOW_SECONDS="6.5")
+        output = flow(api, repo, SLOW_SECONDS="6.5", MEET="00")
         assert output.splitlines()[-1] == "pipeline: 5 ran"
         found = api.newest()
         assert (found["state"]["name"], found["state"]["message"]) == ("Completed", "5 ran")
@@ -197,7 +197,7 @@ class TestHowItEnds:
     def test_nothing_survives_it_and_the_next_goes_on(self, api: server.Server, repo: Path, how: str) -> None:
         (repo / "params.yaml").write_text("slow: 2\n")
         # a slot of its own: that of a killed flow is free after `pipeline.LEASE`
-        process = begin(api, repo, "--gpu", f"before-{how}", SLOW_SECONDS="10", GRANDCHILD="1")
+        process = begin(api, repo, "--gpu", f"before-{how}", SLOW_SECONDS="30", GRANDCHILD="1")
         pids = small.pids(repo)
         small.until(lambda: (repo / "checkpoint").exists())
         if how == "cancel":
@@ -217,9 +217,10 @@ class TestHowItEnds:
     def test_an_edited_input_fails_the_flow(self, api: server.Server, repo: Path) -> None:
         (repo / "params.yaml").write_text("slow: 2\n")
         lock = (repo / "dvc.lock").read_bytes()
-        process = begin(api, repo, SLOW_SECONDS="3")
-        small.pids(repo)
-        (repo / "params.yaml").write_text("slow: 3\n")
+        with small.held(repo):
+            process = begin(api, repo)
+            small.pids(repo)
+            (repo / "params.yaml").write_text("slow: 3\n")
         output = small.finish(process)
         assert "params.yaml was edited while it ran; nothing was recorded" in output.splitlines()[-1]
         assert (repo / "dvc.lock").read_bytes() == lock
@@ -261,10 +262,13 @@ class TestTurns:
         if slots == 2:  # as set on the page; where it is missing, the flow makes it with one slot
             api.post("v2/concurrency_limits/", {"name": name, "limit": 2})
         other = fork(repo, tmp_path / "other")
-        both = []
         for folder in (repo, other):
             (folder / "params.yaml").write_text("slow: 2\n")
-            both.append(begin(api, folder, "--gpu", name, SLOW_SECONDS="5"))
+        with small.held(*((repo, other) if slots == 2 else ())):
+            both = [begin(api, folder, "--gpu", name, SLOW_SECONDS="5") for folder in (repo, other)]
+            if slots == 2:
+                for folder in (repo, other):
+                    small.pids(folder)
         outputs = [small.finish(process) for process in both]
         assert all(output.splitlines()[-1] == "pipeline: 1 ran, 4 unchanged" for output in outputs), outputs
         (one,), (two,) = small.times(repo / "slow.times"), small.times(other / "slow.times")
@@ -453,7 +457,6 @@ def test_the_slot_of_a_killed_flow_and_its_server_is_free_again(done: Path, tmp_
     repo, home = fork(done, tmp_path / "repo"), tmp_path / "home"
     (repo / "params.yaml").write_text("slow: 2\n")
     env = {"PREFECT_HOME": str(home), "PREFECT_API_URL": ""}
-    (repo / "pids").unlink(missing_ok=True)
     process = small.start(FLOW, repo, SLOW_SECONDS="60", **env)
     pids = small.pids(repo)
     process.kill()

@@ -258,11 +258,11 @@ def test_an_output_that_was_damaged_here(repo: Path) -> None:
 
 def test_it_keeps_its_hands_off_while_another_dvc_works(repo: Path) -> None:
     (repo / "params.yaml").write_text("slow: 2\n")
-    (repo / "pids").unlink(missing_ok=True)
-    other = small.start(["dvc", "repro"], repo, SLOW_SECONDS="3")
-    small.pids(repo)
-    with pytest.raises(UserError, match="another dvc works in this folder"):
-        mended(repo)
+    with small.held(repo):
+        other = small.start(["dvc", "repro"], repo)
+        small.pids(repo)
+        with pytest.raises(UserError, match="another dvc works in this folder"):
+            mended(repo)
     small.finish(other)
     assert mended(repo) == []
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -213,17 +212,15 @@ class TestCaches:
 
     def test_while_another_dvc_runs_a_stage(self, shell: Path) -> None:
         (shell / "in").write_text("second\n")
-        process = small.start(["dvc", "repro", "slow"], shell, SLOW_SECONDS="30")
-        try:
-            small.until(lambda: (shell / "checkpoint").exists())
+        with small.held(shell):
+            process = small.start(["dvc", "repro", "slow"], shell)
+            small.pids(shell)
             found = {each.name: each for each in stages.plan(shell)}
             now = plan._states(list(found.values()))
             assert (now["first"], now["slow"]) == ("unchanged", "run")
             assert plan._why(shell, found["slow"], {}, now) == ["it is being run by another dvc at this moment"]
             assert process.poll() is None
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        small.finish(process)
 
     def test_restored_upstream_of_what_it_was_made_of(self, shell: Path) -> None:
         """`first` went ahead and back: what lies behind it is unchanged, not restored."""

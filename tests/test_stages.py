@@ -189,14 +189,14 @@ class TestExecute:
         seen: list[tuple[float, str]] = []
         stages.execute(repo, "slow", lambda line: seen.append((time.monotonic(), line)))
         bars = [(moment, line) for moment, line in seen if "%|" in line]
-        assert [line.split()[1] for _, line in bars] == ["0/10", "10/10"] or len(bars) == 2
-        assert bars[-1][0] - bars[0][0] > 1
+        took = bars[-1][0] - bars[0][0]
+        assert took > 1
+        assert 2 <= len(bars) <= 2 + took // stages.PROGRESS_SECONDS
 
     def test_timeout_ends_everything(self, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (repo / "params.yaml").write_text("slow: 2\n")
         monkeypatch.setenv("SLOW_SECONDS", "20")
         monkeypatch.setenv("GRANDCHILD", "1")
-        (repo / "pids").unlink()  # of the run before
         with pytest.raises(StageTimedOut, match="not done after 8 s"):
             execute(repo, "slow", timeout=8)
         assert not any(small.alive(pid) for pid in small.pids(repo))
@@ -208,7 +208,6 @@ class TestExecute:
         (repo / "params.yaml").write_text("slow: 2\n")
         monkeypatch.setenv("SLOW_SECONDS", "60")
         monkeypatch.setenv("GRANDCHILD", "1")
-        (repo / "pids").unlink()  # of the run before
         stop = threading.Event()
         threading.Thread(target=lambda: (small.pids(repo), stop.set())).start()
         with pytest.raises(Stopped):
@@ -216,9 +215,7 @@ class TestExecute:
         assert not any(small.alive(pid) for pid in small.pids(repo))
 
     @pytest.mark.parametrize("before", ["recorded", "never"])
-    def test_an_input_edited_while_it_ran_is_not_recorded(
-        self, repo: Path, monkeypatch: pytest.MonkeyPatch, before: str
-    ) -> None:
+    def test_an_input_edited_while_it_ran_is_not_recorded(self, repo: Path, before: str) -> None:
         if before == "never":
             locked = YAML().load(repo / "dvc.lock")
             del locked["stages"]["slow"]
@@ -229,30 +226,20 @@ class TestExecute:
         (repo / "params.yaml").write_text("slow: 2\n")
         lock = YAML(typ="safe").load(repo / "dvc.lock")
         entries = {p.name: p for p in (repo / ".dvc/cache/runs").rglob("*") if p.is_file()}
-        monkeypatch.setenv("SLOW_SECONDS", "2")
-
-        def edit() -> None:
-            small.pids(repo)
-            (repo / "params.yaml").write_text("slow: 3\n")
-
-        thread = threading.Thread(target=edit)
-        (repo / "pids").unlink(missing_ok=True)
-        thread.start()
-        with pytest.raises(StageFailed, match=r"params\.yaml was edited while it ran; nothing was recorded"):
+        with (
+            small.meanwhile(repo, lambda: (repo / "params.yaml").write_text("slow: 3\n")),
+            pytest.raises(StageFailed, match=r"params\.yaml was edited while it ran; nothing was recorded"),
+        ):
             execute(repo, "slow")
-        thread.join()
         assert YAML(typ="safe").load(repo / "dvc.lock") == lock
         assert {p.name: p for p in (repo / ".dvc/cache/runs").rglob("*") if p.is_file()} == entries
-        monkeypatch.setenv("SLOW_SECONDS", "0")
         (repo / "log").unlink()
         assert execute(repo, "slow")[0].did == "ran"  # not restored from a record of the edited run
         assert small.log(repo) == ["slow"]
 
-    def test_a_lock_held_for_8_seconds_at_its_end(self, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_lock_held_for_8_seconds_at_its_end(self, repo: Path) -> None:
         """DVC itself gives up after 3 seconds and throws the finished run away."""
         (repo / "params.yaml").write_text("slow: 2\n")
-        monkeypatch.setenv("SLOW_SECONDS", "1")
-        (repo / "pids").unlink(missing_ok=True)
         hold = (
             "import sys, time, zc.lockfile; held = zc.lockfile.LockFile('.dvc/tmp/lock');"
             " print('held', flush=True); time.sleep(8)"
@@ -260,32 +247,36 @@ class TestExecute:
         holders: list[subprocess.Popen[bytes]] = []
 
         def block() -> None:
-            small.pids(repo)
-            holders.append(subprocess.Popen([sys.executable, "-c", hold], cwd=repo, stdout=subprocess.DEVNULL))
+            holders.append(subprocess.Popen([sys.executable, "-c", hold], cwd=repo, stdout=subprocess.PIPE))
+            assert holders[0].stdout
+            assert holders[0].stdout.readline() == b"held\n"
 
-        thread = threading.Thread(target=block)
-        thread.start()
         started = time.monotonic()
-        outcome, _ = execute(repo, "slow")
-        thread.join()
-        holders[0].wait()
+        with small.meanwhile(repo, block):
+            outcome, _ = execute(repo, "slow")
+        holders[0].communicate()
         assert outcome.did == "ran"
         assert time.monotonic() - started > 8
         assert not {p.name for p in stages.plan(repo) if p.changed}
 
-    def test_it_waits_for_a_dvc_repro_that_works_on_the_same_stage(
-        self, repo: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_it_waits_for_a_dvc_repro_that_works_on_the_same_stage(self, repo: Path) -> None:
         (repo / "params.yaml").write_text("slow: 2\n")
-        monkeypatch.setenv("SLOW_SECONDS", "3")
-        (repo / "pids").unlink(missing_ok=True)
-        other = small.start(["dvc", "repro"], repo)
-        small.pids(repo)
-        assert state(repo)["slow"] == (True, False)
-        outcome, lines = execute(repo, "slow")
+        lines: list[str] = []
+
+        def log(line: str) -> None:
+            lines.append(line)
+            if line == "another dvc works on this: waiting for it":
+                (repo / "hold").unlink()
+
+        with small.held(repo):
+            other = small.start(["dvc", "repro"], repo)
+            small.pids(repo)
+            assert state(repo)["slow"] == (True, False)
+            outcome = stages.execute(repo, "slow", log, timeout=60)
         small.finish(other)
         assert outcome.did == "unchanged"
-        assert "another dvc works on this: waiting for it" in lines
+        assert not other.returncode
+        assert lines.count("another dvc works on this: waiting for it") == 1
         assert small.log(repo).count("slow") == 1
 
     def test_a_dead_holder_whose_number_lives_on_blocks_nobody(self, repo: Path) -> None:
@@ -303,7 +294,6 @@ class TestExecute:
 class TestGuard:
     def test_nothing_survives_the_kill_of_whoever_started_it(self, repo: Path) -> None:
         (repo / "params.yaml").write_text("slow: 2\n")
-        (repo / "pids").unlink(missing_ok=True)
         code = "from pathlib import Path; from flows import stages; stages.execute(Path('.').resolve(), 'slow', print)"
         process = small.start([sys.executable, "-c", code], repo, SLOW_SECONDS="10", GRANDCHILD="1")
         pids = small.pids(repo)
@@ -325,15 +315,15 @@ class TestGuard:
 
         def dvc(seconds: float) -> list[str]:
             code = (
-                "import subprocess, time; time.sleep(0.7); print(\"Running stage 'slow':\", flush=True); "
-                f"subprocess.run(['sleep', '{seconds}']); time.sleep(1.5); print('recorded')"
+                "import subprocess, time; time.sleep(2.2); print(\"Running stage 'slow':\", flush=True); "
+                f"subprocess.run(['sleep', '{seconds}']); time.sleep(2.5); print('recorded')"
             )
             return [sys.executable, "-c", code]
 
-        done = stages.guarded(dvc(0.6), tmp_path, print, timeout=1)
+        done = stages.guarded(dvc(2.2), tmp_path, print, timeout=4)
         assert done.output.splitlines() == ["Running stage 'slow':", "recorded"]
-        with pytest.raises(StageTimedOut, match="not done after 1 s"):
-            stages.guarded(dvc(60), tmp_path, print, timeout=1)
+        with pytest.raises(StageTimedOut, match="not done after 4 s"):
+            stages.guarded(dvc(60), tmp_path, print, timeout=4)
 
     def test_exit_code_is_the_commands(self, tmp_path: Path) -> None:
         assert stages.guarded(["sh", "-c", "exit 7"], tmp_path, print).code == 7
@@ -349,7 +339,7 @@ class TestGuard:
         started = time.monotonic()
         with pytest.raises(Stopped):
             stages.guarded([sys.executable, "-c", code], tmp_path, print, stop=stop)
-        assert 9 < time.monotonic() - started < 20
+        assert 9 < time.monotonic() - started < 60
 
 
 class TestTurn:

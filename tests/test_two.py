@@ -23,9 +23,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def repo(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    copy = fork(done, tmp_path / "repo")
-    (copy / "pids").unlink()
-    return copy
+    return fork(done, tmp_path / "repo")
 
 
 def sound(folder: Path) -> int:
@@ -40,14 +38,15 @@ def sound(folder: Path) -> int:
 def test_two_repros_in_one_folder(repo: Path) -> None:
     """The second ends at once, names the first, and leaves it alone."""
     (repo / "params.yaml").write_text("slow: 2\n")
-    first = small.start(["dvc", "repro"], repo, SLOW_SECONDS="6")
-    small.pids(repo)
-    second = run("dvc repro", repo, check=False)
-    assert second.returncode != 0
-    assert "is busy, it is being blocked by" in second.stdout
-    assert f"(PID {first.pid})" in second.stdout
-    assert "Traceback" not in second.stdout
-    assert first.poll() is None
+    with small.held(repo):
+        first = small.start(["dvc", "repro"], repo)
+        small.pids(repo)
+        second = run("dvc repro", repo, check=False)
+        assert second.returncode != 0
+        assert "is busy, it is being blocked by" in second.stdout
+        assert f"(PID {first.pid})" in second.stdout
+        assert "Traceback" not in second.stdout
+        assert first.poll() is None
     small.finish(first)
     assert first.returncode == 0
     assert small.log(repo) == ["slow"]
@@ -59,11 +58,12 @@ def test_a_push_during_a_repro(repo: Path, tmp_path: Path) -> None:
     """It pushes what is recorded, not what is half made."""
     run(f"dvc remote add -q -d --local store {tmp_path / 'store'}", repo)
     (repo / "params.yaml").write_text("slow: 2\n")
-    repro = small.start(["dvc", "repro"], repo, SLOW_SECONDS="6")
-    small.pids(repo)
-    run("dvc --wait-for-lock push --run-cache", repo)
-    assert repro.poll() is None
-    assert sound(tmp_path / "store") > 0
+    with small.held(repo):
+        repro = small.start(["dvc", "repro"], repo)
+        small.pids(repo)
+        run("dvc --wait-for-lock push --run-cache", repo)
+        assert repro.poll() is None
+        assert sound(tmp_path / "store") > 0
     small.finish(repro)
     assert repro.returncode == 0
     run("dvc push --run-cache", repo)
