@@ -1,8 +1,8 @@
 """Training and scoring of reforge beside TRL, on the same rows, as ratios measured in one run.
 
 Every figure comes from a process of its own. The speed of a virtual machine changes within minutes, so systems take turns of a few
-steps, the first of them not counted: of SFT all are there at once, which those of DPO are too large for. They, the products and the
-peers are there one after another, each in turn with reforge at its best (`BESIDE`), and a figure is the median of how many
+steps, the first of them not counted: of SFT all are there at once, which those of DPO and of 32 bits are too large for. They, the
+products and the peers are there one after another, each in turn with reforge at its best (`BESIDE`), and a figure is the median of how many
 times faster than reforge it was in a turn, times what reforge reached in all of them. What takes no turns (the
 reference, answers, options) alternates as a whole (A B A B …), and its median is given.
 
@@ -58,8 +58,13 @@ DEFAULTS = f"TRL, its defaults{'' if BF16 else ' but for bf16'}"
 TURN = "@turn "  # a process says this when its next steps wait, and after it how its last ones were
 PATIENCE = 3600.0  # seconds that a process may take for what it is asked before it is taken for one that hangs
 BESIDE = f"reforge, {BITS}, packed, tcmalloc"
-TOGETHER = ("sft",)  # works whose processes fit into memory beside one another
-ONE_BY_ONE = {"dpo": "dpo", "products": "sft", "products-dpo": "dpo"}  # work → what `BESIDE` does meanwhile
+TOGETHER = ("sft",) if BF16 else ()  # works whose processes fit into memory beside one another; none do in 32 bits
+ONE_BY_ONE = {
+    "sft": "sft",
+    "dpo": "dpo",
+    "products": "sft",
+    "products-dpo": "dpo",
+}  # work → what `BESIDE` does meanwhile
 # oneDNN's own, for peers as they come
 KEPT_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"}
 ONCE = "what rows share once, packed weights, tcmalloc"
@@ -68,15 +73,18 @@ REST = "the same, and the operations between them"
 # work → system → settings of the process that does it; the first system is reforge, the last is TRL as it comes
 GROUPED = {"train_sampling_strategy": "group_by_length"}
 FASTEST: dict[str, Any] = {"train": {"pack_weights": True}, "tcmalloc": True}
-LEAN: dict[str, Any] = {"train": {"pack_weights": False}}
+# without being asked for it reforge packs in bf16 alone
+LEAN: dict[str, dict[str, Any]] = {
+    f"reforge, {BITS}, not packed": {"train": {"pack_weights": False}},
+    "reforge, NF4, not packed": {"quantization": NF4, "train": {"pack_weights": False}},
+} if BF16 else {}  # fmt: skip
 LEAST: dict[str, Any] = {"shared": True, "pack": True, "tcmalloc": True}
 BEST = {"weights": DTYPE, "trl": {"gradient_checkpointing": False}}
 SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
     "sft": {
         f"reforge, {BITS}": {"reforge": GROUPED},
         "reforge, NF4": {"quantization": NF4, "reforge": GROUPED},
-        f"reforge, {BITS}, not packed": {"reforge": GROUPED, **LEAN},
-        "reforge, NF4, not packed": {"quantization": NF4, "reforge": GROUPED, **LEAN},
+        **{name: {"reforge": GROUPED, **lean} for name, lean in LEAN.items()},
         f"reforge, {BITS}, packed, tcmalloc": {"reforge": GROUPED, **FASTEST},
         "reforge, NF4, packed, tcmalloc": {"quantization": NF4, "reforge": GROUPED, **FASTEST},
         f"TRL, {DTYPE} weights, no checkpointing": BEST,
@@ -93,8 +101,7 @@ SYSTEMS: dict[str, dict[str, dict[str, Any]]] = {
     "dpo": {
         f"reforge, {BITS}": {},
         "reforge, NF4": {"quantization": NF4},
-        f"reforge, {BITS}, not packed": LEAN,
-        "reforge, NF4, not packed": {"quantization": NF4, **LEAN},
+        **LEAN,
         f"reforge, {BITS}, packed, tcmalloc": FASTEST,
         "reforge, NF4, packed, tcmalloc": {"quantization": NF4, **FASTEST},
         f"TRL, {DTYPE} weights, no checkpointing": BEST,
