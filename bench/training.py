@@ -59,12 +59,8 @@ TURN = "@turn "  # a process says this when its next steps wait, and after it ho
 PATIENCE = 3600.0  # seconds that a process may take for what it is asked before it is taken for one that hangs
 BESIDE = f"reforge, {BITS}, packed, tcmalloc"
 TOGETHER = ("sft",) if BF16 else ()  # works whose processes fit into memory beside one another; none do in 32 bits
-ONE_BY_ONE = {
-    "sft": "sft",
-    "dpo": "dpo",
-    "products": "sft",
-    "products-dpo": "dpo",
-}  # work → what `BESIDE` does meanwhile
+# of the others, work → what `BESIDE` does meanwhile
+ONE_BY_ONE = {"sft": "sft", "dpo": "dpo", "products": "sft", "products-dpo": "dpo"}
 # oneDNN's own, for peers as they come
 KEPT_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"}
 ONCE = "what rows share once, packed weights, tcmalloc"
