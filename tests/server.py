@@ -37,19 +37,20 @@ class Server:
     home: Path
     env: dict[str, str]  # for its clients
 
-    def post(self, path: str, body: Any = None) -> Any:
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
         for _ in range(10):
-            answer = httpx.post(f"{self.url}/api/{path}", json=body if body is not None else {}, timeout=30)
+            answer = httpx.request(method, f"{self.url}/api/{path}", json=body, timeout=120)
             if answer.status_code != 503:  # SQLite is busy; Prefect's own clients try again too
                 break
             time.sleep(1)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
+    def post(self, path: str, body: Any = None) -> Any:
+        return self.ask("POST", path, body if body is not None else {})
+
     def get(self, path: str) -> Any:
-        answer = httpx.get(f"{self.url}/api/{path}", timeout=30)
-        answer.raise_for_status()
-        return answer.json()
+        return self.ask("GET", path)
 
     def newest(self, flow: str = "pipeline") -> Any:
         """The flow run that was made last."""
@@ -58,17 +59,23 @@ class Server:
         )[0]
 
     def tasks(self, run: str) -> dict[str, tuple[str, str]]:
-        """Task run name → (state, message) of a flow run that ended; the server writes them from events, a little later."""
-        deadline = time.monotonic() + 30
+        """Task run name → (state, message) of a flow run that ended; the server writes them from events, a little later.
+
+        So they are taken when none is on its way and a second look finds the same ones.
+        """
+        deadline = time.monotonic() + 120
+        before: dict[str, tuple[str, str]] | None = None
         while True:
             found = self.post("task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
             known = {
                 task["name"]: task["state"] or {"name": "Pending", "message": ""} for task in found
             }  # none yet: no event
             states = {name: (state["name"], state["message"]) for name, state in known.items()}
-            if not any(name in ("Pending", "Running") for name, _ in states.values()) or time.monotonic() > deadline:
+            waiting = any(name in ("Pending", "Running") for name, _ in states.values())
+            if (states == before and not waiting) or time.monotonic() > deadline:
                 return states
-            time.sleep(0.3)
+            before = states
+            time.sleep(1)
 
     def artifacts(self, run: str) -> dict[str, Any]:
         found = self.post("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}})
@@ -176,7 +183,7 @@ def ui(pipeline: Path) -> Served:
     atexit.register(stop)
     wait_healthy(url, process)
     api = Server(url, folder / "prefect", env)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len(api.post("deployments/filter", {})) < 3:
         assert process.poll() is None, (folder / "log").read_text()
         assert time.monotonic() < deadline, (folder / "log").read_text()

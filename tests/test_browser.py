@@ -35,7 +35,7 @@ class Browser:
             stdout=subprocess.DEVNULL,
         )
         port = profile / "DevToolsActivePort"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not port.exists() or len(port.read_text().split()) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -46,6 +46,7 @@ class Browser:
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self.send("Page.enable")
+        self.send("Log.enable")
 
     def send(self, method: str, **parameters: Any) -> Any:
         number = next(self.numbers)
@@ -54,7 +55,7 @@ class Browser:
             message["sessionId"] = self.session
         self.socket.send(json.dumps(message))
         while True:
-            answer = json.loads(self.socket.recv(timeout=60))
+            answer = json.loads(self.socket.recv(timeout=120))
             if "method" in answer:
                 self.events.append(answer)
             elif answer.get("id") == number:
@@ -73,15 +74,29 @@ class Browser:
         self.send("Page.navigate", url="about:blank")
         self.send("Page.navigate", url=url)
 
-    def see(self, *wanted: str, seconds: float = 45) -> str:
-        """The page's text, once it holds all of these."""
-        deadline = time.monotonic() + seconds
+    def failures(self) -> list[str]:
+        """What the browser could not load or run, oldest first."""
+        entries = [event["params"]["entry"] for event in self.events if event["method"] == "Log.entryAdded"]
+        return [f"{entry['text']} {entry.get('url', '')}" for entry in entries if entry["level"] == "error"]
+
+    def see(self, *wanted: str, seconds: float = 180, patience: float = 30) -> str:
+        """The page's text, once it holds all of these.
+
+        After every `patience` seconds without them the page is loaded again, as a person does: Prefect's page asks for
+        its settings once, and stays empty for good when that one request is lost.
+        """
+        begun = time.monotonic()
+        reload = begun + patience
         while True:
             text = self.text()
             missing = [word for word in wanted if word.lower() not in text.lower()]
             if not missing:
                 return text
-            assert time.monotonic() < deadline, f"{missing} not seen in:\n{text}"
+            now = time.monotonic()
+            assert now < begun + seconds, f"{missing} not seen in:\n{text}\nfailed: {self.failures()}"
+            if now > reload:
+                self.send("Page.reload")
+                reload = now + patience
             time.sleep(0.3)
 
     def click(self, label: str) -> None:
@@ -94,7 +109,7 @@ class Browser:
             const box = found[0].getBoundingClientRect();
             return [box.x + box.width / 2, box.y + box.height / 2];
         }})()"""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not (place := self.js(code)):
             assert time.monotonic() < deadline, f"nothing to click says {label!r}:\n{self.text()}"
             time.sleep(0.3)
@@ -113,7 +128,11 @@ class Browser:
     def close(self) -> None:
         self.socket.close()
         self.process.terminate()
-        self.process.wait(20)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +170,7 @@ def test_the_form_has_typed_parameters_and_starts_a_run(served: server.Served, b
     )
     browser.shoot("form")
     browser.click("Submit")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (new := started(served, name) - before):
         assert time.monotonic() < deadline, browser.text()
         time.sleep(0.3)

@@ -149,7 +149,7 @@ def test_a_stage_dies_with_its_parent(tmp_path: Path) -> None:
     assert small.alive(left)
     process.kill()
     process.wait()
-    small.until(lambda: not small.alive(left), 5, "the stage outlived its parent")
+    small.until(lambda: not small.alive(left), 20, "the stage outlived its parent")
 
 
 def test_nothing_phones_home_unless_the_user_says_otherwise() -> None:
@@ -273,7 +273,7 @@ def test_it_dies_with_dvc(tmp_path: Path, shell: str, imports: int) -> None:
     first.kill()
     first.wait()
     first.stdout.close()
-    small.until(lambda: not small.alive(left), 5, "it was left behind")
+    small.until(lambda: not small.alive(left), 20, "it was left behind")
 
 
 def test_it_does_not_die_with_who_started_dvc(tmp_path: Path) -> None:

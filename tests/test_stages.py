@@ -281,11 +281,11 @@ class TestExecute:
 
     def test_a_dead_holder_whose_number_lives_on_blocks_nobody(self, repo: Path) -> None:
         (repo / "in").write_text("other\n")
-        sleeper = subprocess.Popen(["sleep", "60"])
+        sleeper = subprocess.Popen(["sleep", "300"])
         dead = {"pid": sleeper.pid, "cmd": "/x/dvc repro"}
         (repo / ".dvc/tmp/rwlock").write_text(json.dumps({"write": {str(repo / "one"): dead}, "read": {}}))
         try:
-            assert execute(repo, "first", timeout=20)[0].did == "ran"
+            assert execute(repo, "first", timeout=60)[0].did == "ran"
         finally:
             sleeper.kill()
             sleeper.wait()
@@ -300,7 +300,7 @@ class TestGuard:
         small.until(lambda: (repo / "checkpoint").exists())
         process.kill()
         small.finish(process)
-        small.until(lambda: not any(small.alive(pid) for pid in pids), 20, "the training was orphaned")
+        small.until(lambda: not any(small.alive(pid) for pid in pids), 60, "the training was orphaned")
         done = run([sys.executable, "-c", code], repo, SLOW_SECONDS="0.1", GRANDCHILD="", PYTHONPATH=str(ROOT))
         assert not re.search(r"(?<!\d)0/10 ", done.stdout)  # goes on from its checkpoint
         assert stages.plan(repo, ["slow"])[-1].changed is False
@@ -308,22 +308,22 @@ class TestGuard:
     def test_what_it_left_in_the_background_ends_with_it(self, tmp_path: Path) -> None:
         done = stages.guarded(["sh", "-c", "sleep 300 & echo $! > pid; echo done"], tmp_path, print)
         assert (done.code, done.output) == (0, "done")
-        small.until(lambda: not small.alive(int((tmp_path / "pid").read_text())), 5)
+        small.until(lambda: not small.alive(int((tmp_path / "pid").read_text())), 60)
 
     def test_a_command_that_has_ended_is_not_timed_out(self, tmp_path: Path) -> None:
         """DVC may have to wait for its lock before and after it; what was made would be lost."""
 
         def dvc(seconds: float) -> list[str]:
             code = (
-                "import subprocess, time; time.sleep(2.2); print(\"Running stage 'slow':\", flush=True); "
-                f"subprocess.run(['sleep', '{seconds}']); time.sleep(2.5); print('recorded')"
+                "import subprocess, time; time.sleep(5); print(\"Running stage 'slow':\", flush=True); "
+                f"subprocess.run(['sleep', '{seconds}']); time.sleep(5); print('recorded')"
             )
             return [sys.executable, "-c", code]
 
-        done = stages.guarded(dvc(2.2), tmp_path, print, timeout=4)
+        done = stages.guarded(dvc(1), tmp_path, print, timeout=8)
         assert done.output.splitlines() == ["Running stage 'slow':", "recorded"]
-        with pytest.raises(StageTimedOut, match="not done after 4 s"):
-            stages.guarded(dvc(60), tmp_path, print, timeout=4)
+        with pytest.raises(StageTimedOut, match="not done after 8 s"):
+            stages.guarded(dvc(60), tmp_path, print, timeout=8)
 
     def test_exit_code_is_the_commands(self, tmp_path: Path) -> None:
         assert stages.guarded(["sh", "-c", "exit 7"], tmp_path, print).code == 7
