@@ -75,7 +75,7 @@ class Browser:
         self.send("Page.navigate", url=url)
 
     def failures(self) -> list[str]:
-        """What the browser could not load or run, oldest first."""
+        """Errors in the browser's log, as of what it could not load; oldest first."""
         entries = [event["params"]["entry"] for event in self.events if event["method"] == "Log.entryAdded"]
         return [f"{entry['text']} {entry.get('url', '')}" for entry in entries if entry["level"] == "error"]
 

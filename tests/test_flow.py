@@ -207,7 +207,7 @@ class TestHowItEnds:
             process.send_signal(getattr(signal, f"SIG{how}"))
         output = small.finish(process)
         assert process.returncode != 0
-        small.until(lambda: not any(small.alive(pid) for pid in pids), 50, "the training was orphaned")
+        small.until(lambda: not any(small.alive(pid) for pid in pids), 20, "the training was orphaned")
         state = api.newest()["state"]["name"]
         assert state == {"KILL": "Running", "cancel": "Cancelled"}.get(how, "Crashed"), output
         output = flow(api, repo, "--gpu", f"after-{how}", SLOW_SECONDS="0.1")
@@ -465,7 +465,7 @@ def test_the_slot_of_a_killed_flow_and_its_server_is_free_again(done: Path, tmp_
             if other.environ().get("PREFECT_HOME") == str(home):
                 other.kill()
     small.finish(process)
-    small.until(lambda: not any(small.alive(pid) for pid in pids), 50, "the training was orphaned")
+    small.until(lambda: not any(small.alive(pid) for pid in pids), 20, "the training was orphaned")
     (lease,) = (home / "concurrency_leases").glob("*-*.json")
     past = "2020-01-01T00:00:00+00:00"  # instead of a minute
     lease.write_text(json.dumps(json.loads(lease.read_text()) | {"expiration": past}))

@@ -662,7 +662,7 @@ def test_in_a_browser(default: tuple[str, str, str], tmp_path: Path) -> None:
     path.write_text(default[1])
     browser = Browser(tmp_path / "profile")
     try:
-        for domain in ("Network", "Log", "Runtime"):
+        for domain in ("Network", "Runtime"):
             browser.send(f"{domain}.enable")
         for width in (1280, 390):
             for scheme in ("light", "dark"):

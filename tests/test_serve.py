@@ -284,7 +284,7 @@ def test_a_cancel_on_the_page_ends_a_served_run(tmp_path: Path) -> None:
         pids = small.pids(repo)
         api.post(f"flow_runs/{found['id']}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
         assert served.ended(found["id"])["state"]["name"] == "Cancelled"
-        small.until(lambda: not any(small.alive(pid) for pid in pids), 60, "the training was orphaned")
+        small.until(lambda: not any(small.alive(pid) for pid in pids), 20, "the training was orphaned")
     finally:
         serve._end(process)  # Prefect's runner has once paused its deployments and not ended at the first signal
         small.finish(process, 30)

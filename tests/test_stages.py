@@ -295,12 +295,13 @@ class TestGuard:
     def test_nothing_survives_the_kill_of_whoever_started_it(self, repo: Path) -> None:
         (repo / "params.yaml").write_text("slow: 2\n")
         code = "from pathlib import Path; from flows import stages; stages.execute(Path('.').resolve(), 'slow', print)"
-        process = small.start([sys.executable, "-c", code], repo, SLOW_SECONDS="10", GRANDCHILD="1")
-        pids = small.pids(repo)
-        small.until(lambda: (repo / "checkpoint").exists())
-        process.kill()
-        small.finish(process)
-        small.until(lambda: not any(small.alive(pid) for pid in pids), 60, "the training was orphaned")
+        with small.held(repo):  # or an orphan would end by itself
+            process = small.start([sys.executable, "-c", code], repo, SLOW_SECONDS="10", GRANDCHILD="1")
+            pids = small.pids(repo)
+            small.until(lambda: (repo / "checkpoint").exists())
+            process.kill()
+            small.finish(process)
+            small.until(lambda: not any(small.alive(pid) for pid in pids), 60, "the training was orphaned")
         done = run([sys.executable, "-c", code], repo, SLOW_SECONDS="0.1", GRANDCHILD="", PYTHONPATH=str(ROOT))
         assert not re.search(r"(?<!\d)0/10 ", done.stdout)  # goes on from its checkpoint
         assert stages.plan(repo, ["slow"])[-1].changed is False
